@@ -1,0 +1,41 @@
+//! The protocol between the host and the agent inside the guest: messages and service generated from
+//! `protos/agent.proto`, and the constants that both sides must agree on. Nothing else.
+
+#[allow(clippy::all, clippy::pedantic, missing_docs, unreachable_pub)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/generated.rs"));
+}
+
+pub use generated::{agent, agent_ttrpc};
+
+/// Number of this protocol. It grows whenever host and agent of different numbers could misunderstand each other.
+pub const PROTOCOL: u32 = 1;
+
+/// vsock port on which the agent serves ttrpc.
+pub const AGENT_PORT: u32 = 1024;
+/// vsock port on which the agent takes stream connections.
+pub const STREAM_PORT: u32 = 1025;
+/// vsock port of the host (CID 2) that the agent dials when it serves, unless the kernel argument [`READY_PORT_ARGUMENT`]
+/// names another.
+pub const READY_PORT: u32 = 1026;
+/// Kernel argument with the vsock port that waits for the agent's greeting: `coreos_kvm.ready_port=1026`.
+pub const READY_PORT_ARGUMENT: &str = "coreos_kvm.ready_port";
+
+/// Word that opens the agent's greeting: `coreos-kvm-agent <PROTOCOL> <version>\n`.
+pub const GREETING: &str = "coreos-kvm-agent";
+/// Longest greeting, newline included, in bytes.
+pub const GREETING_MAX: usize = 128;
+
+/// Longest frame on a stream connection, in bytes.
+pub const FRAME_MAX: usize = 64 * 1024;
+/// Longest message of the ttrpc protocol, in bytes.
+pub const MESSAGE_MAX: usize = 4 * 1024 * 1024;
+
+/// Serial number of the virtio-blk disk that carries the agent (at most 20 bytes, virtio 1.2, section 5.2.6).
+pub const AGENT_DISK_SERIAL: &str = "coreos-kvm-agent";
+/// Tag of the virtiofs share between pod and guest.
+pub const SHARED_TAG: &str = "coreos-kvm";
+/// Where the agent mounts the share in the guest.
+pub const SHARED_MOUNT: &str = "/run/coreos-kvm/shared";
+/// `container_id` of processes in the guest's own namespaces.
+pub const GUEST_CONTAINER_ID: &str = "guest";
