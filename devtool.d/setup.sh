@@ -1,0 +1,211 @@
+# shellcheck shell=bash
+# What has to be on the machine: packages, Rust, and, in the cache, pinned tools and three containerds.
+: "${here:?}" "${cache:?}" # from devtool; step and its kin from step.sh
+
+# Pinned because no distribution of today carries them.
+readonly virtiofsd_version=1.14.0
+readonly vhost_device_vsock_version=0.3.0
+# The containerds that the tests run against, each with the Debian suites that may carry it.
+readonly containerd_versions=(1.6.20 1.7.24 2.1.9)
+readonly debian_suites=(bookworm trixie forky sid)
+
+# Packages by purpose; only those that are missing get installed.
+readonly packages_to_build=(
+  ca-certificates git gcc libc6-dev pkg-config # the Rust workspace and the pinned tools
+  protobuf-compiler                            # the protocols of the agent and of containerd
+  libseccomp-dev libcap-ng-dev                 # the agent's containers, virtiofsd
+)
+readonly packages_for_the_guest=(
+  debootstrap mmdebstrap debian-archive-keyring # its root, from Debian's packages
+  erofs-utils cpio zstd xz-utils                # its images
+)
+readonly packages_to_run=(
+  qemu-system-x86               # the machine
+  iproute2 iptables util-linux  # the pods' networks (CNI's bridge and portmap) and namespaces
+  libseccomp2                   # runc
+  jq shellcheck                 # the linters
+)
+
+setup_everything() {
+  setup_packages
+  find_rust
+  step "Rust $(pinned_rust)" - "Look into the log; 'rustup toolchain install $(pinned_rust)' by hand says more." setup_rust
+  find_rust
+  local advice="See the log; a compiler error there usually means a missing -dev package, a network error that crates cannot be fetched."
+  step "virtiofsd $virtiofsd_version" "$virtiofsd_version" "$advice" setup_tool virtiofsd "$virtiofsd_version"
+  step "vhost-device-vsock $vhost_device_vsock_version" "$vhost_device_vsock_version" "$advice" \
+    setup_tool vhost-device-vsock "$vhost_device_vsock_version"
+  step "containerds ${containerd_versions[*]}" "$(key_of "$here/devtool.d/setup.sh")" \
+    "If a mirror cannot be reached, name another one: KUBECEPTION_DEBIAN_MIRROR=URI ./devtool setup" setup_containerds
+}
+
+# --- packages ---------------------------------------------------------------------------------------------------------
+
+setup_packages() {
+  local wanted=("${packages_to_build[@]}" "${packages_for_the_guest[@]}" "${packages_to_run[@]}") missing=() name
+  for name in "${wanted[@]}"; do
+    dpkg-query -W -f '${db:Status-Status}' "$name" 2>/dev/null | grep -qx installed || missing+=("$name")
+  done
+  if [ ${#missing[@]} -eq 0 ]; then
+    say "packages: all there"
+    return
+  fi
+  say "packages: ${missing[*]}"
+  step "package lists" - "Check the network and /etc/apt/sources.list.d; 'apt-get update' has to work." apt-get -q update
+  step "packages" - "Try 'apt-get install ${missing[*]}' by hand; another apt may be running." install_packages "${missing[@]}"
+}
+
+install_packages() {
+  DEBIAN_FRONTEND=noninteractive apt-get -qy -o DPkg::Lock::Timeout=120 install --no-install-recommends "$@"
+}
+
+# --- Rust -------------------------------------------------------------------------------------------------------------
+
+pinned_rust() {
+  sed -n 's/^channel *= *"\(.*\)"/\1/p' "$here/rust-toolchain.toml"
+}
+
+# sudo resets PATH: looks where rustup puts its programs, too.
+find_rust() {
+  local folder
+  for folder in "${CARGO_HOME:-$HOME/.cargo}/bin" /root/.cargo/bin; do
+    case :$PATH: in
+      *":$folder:"*) ;;
+      *) if [ -x "$folder/cargo" ]; then PATH=$folder:$PATH; fi ;;
+    esac
+  done
+  export PATH
+  # Outside this folder, too, and for the tools.
+  RUSTUP_TOOLCHAIN=$(pinned_rust)
+  export RUSTUP_TOOLCHAIN
+}
+
+rust_is_there() {
+  [ "$(rustc --version 2>/dev/null | cut -d' ' -f2)" = "$(pinned_rust)" ] &&
+    cargo --version && cargo fmt --version && cargo clippy --version
+}
+
+setup_rust() {
+  if rust_is_there; then
+    return
+  fi
+  if ! command -v rustup; then
+    if [ -n "$(apt-cache search --names-only '^rustup$')" ]; then
+      install_packages rustup
+    else
+      # Debian 12 has no such package.
+      install_packages curl
+      curl --proto '=https' --tlsv1.2 -fsS https://sh.rustup.rs |
+        sh -s -- -y --no-modify-path --profile minimal --default-toolchain none
+      find_rust
+    fi
+  fi
+  rustup toolchain install "$(pinned_rust)" --profile minimal --component rustfmt --component clippy
+  if ! rust_is_there; then
+    echo "rustc $(pinned_rust) with rustfmt and clippy is still not to be found"
+    return 1
+  fi
+}
+
+# --- tools from the Rust package registry ------------------------------------------------------------------------------
+
+# setup_tool CRATE VERSION [ARGUMENT...]: into $cache/tools/bin, where the program has its crate's name.
+setup_tool() {
+  local crate=$1 version=$2
+  shift 2
+  if "$cache/tools/bin/$crate" --version 2>/dev/null | grep -qwF "$version"; then
+    echo "$crate $version is there"
+    return
+  fi
+  # From / because the repository's own .cargo/config.toml is not for tools.
+  cd /
+  cargo install --locked --force --root "$cache/tools" "$@" "$crate@$version"
+}
+
+# --- containerds ------------------------------------------------------------------------------------------------------
+
+# They are unpacked, never installed: an installed containerd would start as the machine's own.
+setup_containerds() {
+  local apt=$cache/apt version
+  make_apt_root "$apt"
+  export APT_CONFIG=$apt/apt.conf
+  apt-get -q update
+  unpack "$apt" runc "" "$cache/containerd/common"
+  unpack "$apt" containernetworking-plugins "" "$cache/containerd/common"
+  for version in "${containerd_versions[@]}"; do
+    unpack "$apt" containerd "$version" "$cache/containerd/$version"
+    "$cache/containerd/$version/usr/bin/containerd" --version
+  done
+  "$cache/containerd/common/usr/sbin/runc" --version
+  # The one program of the test images, and its libraries.
+  unpack "$apt" busybox "" "$cache/busybox"
+  unpack "$apt" libc6 "" "$cache/busybox"
+}
+
+# An apt that knows several Debian suites and nothing of this machine's.
+make_apt_root() {
+  local root=$1 keyring=/usr/share/keyrings/debian-archive-keyring.gpg suite mirror
+  mirror=$(debian_mirror)
+  rm -rf "$root"
+  mkdir -p "$root"/{lists,archives}/partial "$root/parts"
+  : >"$root/status"
+  # A suite's index is taken even after it expired (some mirrors lag): versions are pinned and signatures are checked.
+  cat >"$root/apt.conf" <<END
+Dir::State "$root";
+Dir::State::lists "$root/lists";
+Dir::State::status "$root/status";
+Dir::Cache "$root";
+Dir::Cache::archives "$root/archives";
+Dir::Etc::sourcelist "$root/sources.list";
+Dir::Etc::sourceparts "$root/parts";
+Dir::Etc::parts "$root/parts";
+Dir::Etc::preferences "$root/preferences";
+Dir::Etc::preferencesparts "$root/parts";
+APT::Architecture "amd64";
+APT::Architectures { "amd64"; };
+APT::Sandbox::User "root";
+Acquire::Check-Valid-Until "false";
+Acquire::Languages "none";
+END
+  for suite in "${debian_suites[@]}"; do
+    echo "deb [signed-by=$keyring] $mirror $suite main"
+  done >"$root/sources.list"
+}
+
+# The mirror that this machine uses if it is a Debian, else the one that debootstrap knows.
+debian_mirror() {
+  local uri=${KUBECEPTION_DEBIAN_MIRROR:-}
+  if [ -z "$uri" ]; then
+    # shellcheck disable=SC2016 # apt's own placeholders
+    uri=$(apt-get indextargets --format '$(ORIGIN)|$(LABEL)|$(REPO_URI)' 'Created-By: Packages' |
+      awk -F'|' '$1 == "Debian" && $2 == "Debian" { print $3; exit }')
+  fi
+  if [ -z "$uri" ]; then
+    uri=$(sed -n 's/^DEF_MIRROR="\(.*\)"/\1/p' "$(command -v debootstrap)")
+  fi
+  if [ -z "$uri" ]; then
+    echo "no Debian mirror is known; KUBECEPTION_DEBIAN_MIRROR=URI names one" >&2
+    return 1
+  fi
+  echo "$uri"
+}
+
+# With APT_CONFIG set. unpack APT-ROOT PACKAGE UPSTREAM-VERSION FOLDER; the version of the oldest suite where UPSTREAM-VERSION is empty.
+unpack() {
+  local root=$1 package=$2 upstream=$3 folder=$4 version
+  version=$(apt-cache madison "$package" |
+    awk -F' *[|] *' -v upstream="$upstream" -v oldest="${debian_suites[0]}/" '
+      (upstream != "" && match($2, "^" upstream "[^0-9.]")) || (upstream == "" && index($3, oldest)) { print $2; exit }')
+  if [ -z "$version" ]; then
+    echo "no Debian suite of ${debian_suites[*]} has $package $upstream any longer;" \
+      "pin another version in devtool.d/setup.sh (containerd_versions)"
+    return 1
+  fi
+  echo "$package $version -> $folder"
+  (
+    cd "$root/archives" || exit 1
+    apt-get -q download "$package=$version"
+    mkdir -p "$folder"
+    dpkg -x "${package}_${version/:/%3a}_amd64.deb" "$folder"
+  )
+}
