@@ -4,3 +4,23 @@
 //! [`config`] (what the admin allows) and [`guest`] (an operating system on disk) → [`machine`] (the description, checked)
 //! → [`provision`] (the user's Ignition merged with ours) → [`qemu::arguments`] (a pure function) → [`qemu::process`]
 //! → [`vm`] (one running machine) → [`agent`] (the client of the agent inside).
+//!
+//! Around a machine: [`accel`] decides how QEMU runs the guest's instructions, [`vsock`] and [`virtiofs`] are its ways to
+//! the host, [`netdev`] its way into the pod's network, [`user`] and [`cgroup`] the wall around its processes, [`console`]
+//! what the guest prints, and [`state`] what is kept on disk so that a later process can find the machine or end it.
+
+pub mod accel;
+pub mod agent;
+pub mod cgroup;
+pub mod config;
+pub mod console;
+pub mod guest;
+pub mod machine;
+pub mod netdev;
+pub mod provision;
+pub mod qemu;
+pub mod state;
+pub mod user;
+pub mod virtiofs;
+pub mod vm;
+pub mod vsock;
