@@ -11,11 +11,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .inputs(["protos/agent.proto"])
         .include("protos")
         .rust_protobuf()
-        .customize(Customize { async_all: true, ..Default::default() })
+        .customize(Customize {
+            async_all: true,
+            ..Default::default()
+        })
         .run()?;
     // The generated files carry inner attributes, so they are modules with a path rather than included text.
     let modules: String = ["agent", "agent_ttrpc"]
-        .map(|name| format!("#[path = {:?}]\npub mod {name};\n", Path::new(&out).join(format!("{name}.rs"))))
+        .map(|name| {
+            format!(
+                "#[path = {:?}]\npub mod {name};\n",
+                Path::new(&out).join(format!("{name}.rs"))
+            )
+        })
         .concat();
     fs::write(Path::new(&out).join("generated.rs"), modules)?;
     Ok(())

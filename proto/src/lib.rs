@@ -1,7 +1,7 @@
 //! The protocol between the host and the agent inside the guest: messages and service generated from
 //! `protos/agent.proto`, and the constants that both sides must agree on. Nothing else.
 
-#[allow(clippy::all, clippy::pedantic, missing_docs, unreachable_pub)]
+#[allow(clippy::all, clippy::pedantic, clippy::unwrap_used, missing_docs, unreachable_pub)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/generated.rs"));
 }
