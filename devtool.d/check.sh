@@ -46,7 +46,7 @@ lint() {
   step "clippy" - "$advice" cargo clippy --workspace --all-targets --locked -- -D warnings
   step "shellcheck" - "$advice" check_shell
   # Without optimisation: it is fast enough, and builds in a third of the time.
-  CARGO_PROFILE_DEV_DEBUG=0 step "cargo-deny $cargo_deny_version" "$cargo_deny_version" \
+  CARGO_PROFILE_DEV_DEBUG=0 step "cargo-deny $cargo_deny_version" - \
     "See the log; a network error there means that crates cannot be fetched." \
     setup_tool cargo-deny "$cargo_deny_version" --debug
   step "dependencies" - "deny.toml says what is allowed." check_dependencies

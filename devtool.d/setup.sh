@@ -32,8 +32,8 @@ setup_everything() {
   step "Rust $(pinned_rust)" - "Look into the log; 'rustup toolchain install $(pinned_rust)' by hand says more." setup_rust
   find_rust
   local advice="See the log; a compiler error there usually means a missing -dev package, a network error that crates cannot be fetched."
-  step "virtiofsd $virtiofsd_version" "$virtiofsd_version" "$advice" setup_tool virtiofsd "$virtiofsd_version"
-  step "vhost-device-vsock $vhost_device_vsock_version" "$vhost_device_vsock_version" "$advice" \
+  step "virtiofsd $virtiofsd_version" - "$advice" setup_tool virtiofsd "$virtiofsd_version"
+  step "vhost-device-vsock $vhost_device_vsock_version" - "$advice" \
     setup_tool vhost-device-vsock "$vhost_device_vsock_version"
   step "containerds ${containerd_versions[*]}" "$(key_of "$here/devtool.d/setup.sh")" \
     "If a mirror cannot be reached, name another one: KUBECEPTION_DEBIAN_MIRROR=URI ./devtool setup" setup_containerds

@@ -1,0 +1,18 @@
+//! A node to try pods on, made of real parts and removed again: a containerd of a chosen version with its own network, mounts
+//! and processes, images without a registry, a CRI client, and a look at what is left behind.
+//!
+//! - [`artifacts`]: where the built and downloaded parts are
+//! - [`node`]: the node; [`node::init`] is the process that holds it together
+//! - [`image`]: images written as OCI layouts
+//! - [`cri`] and [`pod`]: the Container Runtime Interface, as a kubelet speaks it; [`stream`]: interactive execs
+//! - [`events`]: what containerd publishes
+//! - [`leftovers`]: snapshots of a node, and the difference in words
+
+pub mod artifacts;
+pub mod cri;
+pub mod events;
+pub mod image;
+pub mod leftovers;
+pub mod node;
+pub mod pod;
+pub mod stream;

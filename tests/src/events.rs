@@ -1,0 +1,133 @@
+//! What containerd publishes about tasks, as `ctr events` shows it.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use containerd_client::events::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOom, TaskStart,
+};
+use containerd_client::services::v1::SubscribeRequest;
+use containerd_client::services::v1::events_client::EventsClient;
+use prost_types::Any;
+use prost::Message;
+
+use crate::node::Node;
+
+/// One event about a task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// Without the leading `/tasks/`: `create`, `start`, `exit`, `delete`, `exec-added`, `exec-started`, `oom`.
+    pub kind: String,
+    pub container_id: String,
+    /// Of an exec; empty for the container's own process.
+    pub exec_id: String,
+    pub pid: u32,
+    pub exit_status: u32,
+}
+
+/// A subscription; events that were published since it was made are kept until they are taken.
+#[derive(Debug)]
+pub struct Events {
+    received: Receiver<Event>,
+    /// Dropped, it ends the subscription.
+    _stop: tokio::sync::oneshot::Sender<()>,
+}
+
+impl Events {
+    /// Subscribes; events published after the return are seen.
+    pub fn subscribe(node: &Node) -> Result<Self> {
+        let socket = node.place().socket();
+        let (sender, received) = channel();
+        let (stop, mut stopped) = tokio::sync::oneshot::channel::<()>();
+        let (ready, subscribed) = channel::<Result<()>>();
+        std::thread::Builder::new().name("events".to_owned()).spawn(move || {
+            let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(error) => {
+                    let _ = ready.send(Err(error.into()));
+                    return;
+                }
+            };
+            runtime.block_on(async {
+                let stream = async {
+                    let mut client = EventsClient::new(containerd_client::connect(socket).await?);
+                    let filters = vec!["namespace==k8s.io,topic~=\"^/tasks/\"".to_owned()];
+                    anyhow::Ok(client.subscribe(SubscribeRequest { filters }).await?.into_inner())
+                };
+                let mut stream = match stream.await {
+                    Ok(stream) => stream,
+                    Err(error) => {
+                        let _ = ready.send(Err(error));
+                        return;
+                    }
+                };
+                let _ = ready.send(Ok(()));
+                loop {
+                    let message = tokio::select! {
+                        message = stream.message() => message,
+                        _ = &mut stopped => return,
+                    };
+                    // The end of containerd ends the subscription.
+                    let Ok(Some(envelope)) = message else { return };
+                    let Some(event) = envelope.event.and_then(|any| decode(&envelope.topic, &any)) else { continue };
+                    if sender.send(event).is_err() {
+                        return;
+                    }
+                }
+            });
+        })?;
+        subscribed.recv_timeout(Duration::from_secs(10)).context("subscribing to events")??;
+        Ok(Self { received, _stop: stop })
+    }
+
+    /// Takes events of the given containers until one satisfies the condition, and answers all of them.
+    pub fn take_until(
+        &self,
+        containers: &[&str],
+        bound: Duration,
+        mut last: impl FnMut(&Event) -> bool,
+    ) -> Result<Vec<Event>> {
+        let deadline = Instant::now() + bound;
+        let mut taken = Vec::new();
+        loop {
+            match self.received.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(event) if containers.contains(&event.container_id.as_str()) => {
+                    let end = last(&event);
+                    taken.push(event);
+                    if end {
+                        return Ok(taken);
+                    }
+                }
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!("the event did not come within {} s; those that came: {taken:?}", bound.as_secs())
+                }
+                Err(RecvTimeoutError::Disconnected) => bail!("the subscription ended; events that came: {taken:?}"),
+            }
+        }
+    }
+}
+
+fn decode(topic: &str, any: &Any) -> Option<Event> {
+    let kind = topic.strip_prefix("/tasks/")?;
+    let bytes = any.value.as_slice();
+    let (container_id, exec_id, pid, exit_status) = match kind {
+        "create" => TaskCreate::decode(bytes).map(|event| (event.container_id, String::new(), event.pid, 0)),
+        "start" => TaskStart::decode(bytes).map(|event| (event.container_id, String::new(), event.pid, 0)),
+        // The id of a container's own process is the container's.
+        "exit" => TaskExit::decode(bytes).map(|event| {
+            let exec_id = if event.id == event.container_id { String::new() } else { event.id };
+            (event.container_id, exec_id, event.pid, event.exit_status)
+        }),
+        "delete" => TaskDelete::decode(bytes).map(|event| (event.container_id, event.id, event.pid, event.exit_status)),
+        "exec-added" => TaskExecAdded::decode(bytes).map(|event| (event.container_id, event.exec_id, 0, 0)),
+        "exec-started" => {
+            TaskExecStarted::decode(bytes).map(|event| (event.container_id, event.exec_id, event.pid, 0))
+        }
+        "oom" => TaskOom::decode(bytes).map(|event| (event.container_id, String::new(), 0, 0)),
+        _ => return None,
+    }
+    .ok()?;
+    Some(Event { kind: kind.to_owned(), container_id, exec_id, pid, exit_status })
+}

@@ -1,0 +1,146 @@
+//! Pods and containers as a kubelet would ask for them.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use k8s_cri::v1::{
+    ContainerConfig, ContainerMetadata, DnsConfig, ImageSpec, KeyValue, LinuxContainerConfig, LinuxContainerResources,
+    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode,
+    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PortMapping,
+};
+
+use crate::image;
+use crate::node::Place;
+
+/// A pod's configuration; the sandbox is one instance of it.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    pub config: PodSandboxConfig,
+}
+
+impl Pod {
+    /// A pod on a node, with the default annotations: none.
+    pub fn new(place: &Place, name: &str) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let uid = format!("{}-{}-{name}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let config = PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                name: name.to_owned(),
+                uid: uid.clone(),
+                namespace: "default".to_owned(),
+                attempt: 0,
+            }),
+            hostname: name.to_owned(),
+            log_directory: place.base().join("pod-logs").join(&uid).to_string_lossy().into_owned(),
+            // Else containerd copies this machine's resolv.conf, which may be a link into the hidden /run.
+            dns_config: Some(DnsConfig { servers: vec!["10.88.0.1".to_owned()], ..DnsConfig::default() }),
+            linux: Some(LinuxPodSandboxConfig {
+                cgroup_parent: format!("{}/pod-{uid}", place.cgroup_parent()),
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(namespaces()),
+                    ..LinuxSandboxSecurityContext::default()
+                }),
+                ..LinuxPodSandboxConfig::default()
+            }),
+            ..PodSandboxConfig::default()
+        };
+        Self { config }
+    }
+
+    pub fn annotation(mut self, key: &str, value: impl Into<String>) -> Self {
+        self.config.annotations.insert(key.to_owned(), value.into());
+        self
+    }
+
+    /// A TCP port of the containers, also served by the node.
+    pub fn host_port(mut self, container_port: u16, host_port: u16) -> Self {
+        self.config.port_mappings.push(PortMapping {
+            container_port: container_port.into(),
+            host_port: host_port.into(),
+            ..PortMapping::default()
+        });
+        self
+    }
+
+    pub fn log_directory(&self) -> &Path {
+        Path::new(&self.config.log_directory)
+    }
+}
+
+/// A container's configuration.
+#[derive(Debug, Clone)]
+pub struct Container {
+    pub config: ContainerConfig,
+}
+
+impl Container {
+    pub fn new(name: &str, image: &str) -> Self {
+        let config = ContainerConfig {
+            metadata: Some(ContainerMetadata { name: name.to_owned(), attempt: 0 }),
+            image: Some(ImageSpec { image: image.to_owned(), ..ImageSpec::default() }),
+            log_path: format!("{name}.log"),
+            linux: Some(LinuxContainerConfig {
+                resources: Some(LinuxContainerResources::default()),
+                security_context: Some(LinuxContainerSecurityContext {
+                    namespace_options: Some(namespaces()),
+                    ..LinuxContainerSecurityContext::default()
+                }),
+            }),
+            ..ContainerConfig::default()
+        };
+        Self { config }
+    }
+
+    /// A shell script on busybox.
+    pub fn script(name: &str, script: &str) -> Self {
+        Self::new(name, image::BUSYBOX).command(&["sh", "-c", script])
+    }
+
+    pub fn command(mut self, command: &[&str]) -> Self {
+        self.config.command = command.iter().map(|&word| word.to_owned()).collect();
+        self
+    }
+
+    pub fn env(mut self, key: &str, value: &str) -> Self {
+        self.config.envs.push(KeyValue { key: key.to_owned(), value: value.to_owned() });
+        self
+    }
+
+    pub fn terminal(mut self) -> Self {
+        self.config.tty = true;
+        self.config.stdin = true;
+        self
+    }
+
+    pub fn host_path(mut self, host: &Path, container: &str, readonly: bool) -> Self {
+        self.config.mounts.push(Mount {
+            container_path: container.to_owned(),
+            host_path: host.to_string_lossy().into_owned(),
+            readonly,
+            ..Mount::default()
+        });
+        self
+    }
+
+    /// In bytes.
+    pub fn memory_limit(mut self, bytes: i64) -> Self {
+        let resources = self.config.linux.get_or_insert_default().resources.get_or_insert_default();
+        resources.memory_limit_in_bytes = bytes;
+        self
+    }
+
+    /// Where its log is.
+    pub fn log(&self, pod: &Pod) -> PathBuf {
+        pod.log_directory().join(&self.config.log_path)
+    }
+}
+
+/// What a kubelet asks for unless the pod says otherwise: the pod's network and IPC, a PID namespace a container.
+fn namespaces() -> NamespaceOption {
+    NamespaceOption {
+        network: NamespaceMode::Pod.into(),
+        pid: NamespaceMode::Container.into(),
+        ipc: NamespaceMode::Pod.into(),
+        ..NamespaceOption::default()
+    }
+}
