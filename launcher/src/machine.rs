@@ -11,7 +11,9 @@ pub struct MachineId(String);
 
 /// A name that cannot be a machine's.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{0:?} cannot name a machine: 1 to 128 letters, digits, '.', '_' or '-' are allowed, the first a letter or digit")]
+#[error(
+    "{0:?} cannot name a machine: 1 to 128 letters, digits, '.', '_' or '-' are allowed, the first a letter or digit"
+)]
 pub struct InvalidMachineId(String);
 
 impl MachineId {
