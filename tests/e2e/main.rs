@@ -1,1 +1,53 @@
-fn main() {}
+//! Trials of the runtime on real containerds: `devtool test` runs them.
+//!
+//! The name of a trial tells the containerd it runs on; `--containerd 1.7` chooses those of one.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use kubeception_tests::artifacts::Containerd;
+use kubeception_tests::node::{Handler, init};
+use libtest_mimic::{Arguments, Trial};
+
+mod lab;
+mod testbed;
+
+use lab::Lab;
+
+fn main() -> Result<ExitCode> {
+    init::become_init_if_asked();
+    let (chosen, arguments) = arguments()?;
+
+    let labs: Vec<Arc<Lab>> = Containerd::ALL
+        .into_iter()
+        .filter(|version| chosen.is_none_or(|chosen| chosen == *version))
+        .map(|version| Lab::new(version.short(), version, vec![Handler::standard()]))
+        .collect();
+    let trials: Vec<Trial> = labs.iter().flat_map(testbed::trials).collect();
+
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    for lab in labs {
+        lab.tidy()?;
+    }
+    Ok(conclusion.exit_code())
+}
+
+/// Takes `--containerd VERSION` out of the arguments and leaves the rest to the harness.
+fn arguments() -> Result<(Option<Containerd>, Arguments)> {
+    let mut rest = Vec::new();
+    let mut chosen = None;
+    let mut all = std::env::args();
+    while let Some(argument) = all.next() {
+        if argument == "--containerd" {
+            let version = all.next().context("--containerd needs a version: 1.6, 1.7 or 2.1")?;
+            chosen = Some(version.parse().map_err(anyhow::Error::msg)?);
+        } else {
+            rest.push(argument);
+        }
+    }
+    let mut arguments = Arguments::from_iter(rest);
+    // More machines at a time than processors only makes each of them late.
+    arguments.test_threads.get_or_insert(2);
+    Ok((chosen, arguments))
+}

@@ -5,12 +5,14 @@
 //! - [`node`]: the node; [`node::init`] is the process that holds it together
 //! - [`image`]: images written as OCI layouts
 //! - [`cri`] and [`pod`]: the Container Runtime Interface, as a kubelet speaks it; [`stream`]: interactive execs
+//! - [`http`]: a request to a pod
 //! - [`events`]: what containerd publishes
 //! - [`leftovers`]: snapshots of a node, and the difference in words
 
 pub mod artifacts;
 pub mod cri;
 pub mod events;
+pub mod http;
 pub mod image;
 pub mod leftovers;
 pub mod node;

@@ -35,7 +35,8 @@ impl Pod {
             // Else containerd copies this machine's resolv.conf, which may be a link into the hidden /run.
             dns_config: Some(DnsConfig { servers: vec!["10.88.0.1".to_owned()], ..DnsConfig::default() }),
             linux: Some(LinuxPodSandboxConfig {
-                cgroup_parent: format!("{}/pod-{uid}", place.cgroup_parent()),
+                // A kubelet would make and remove one of the pod's own.
+                cgroup_parent: place.cgroup_parent(),
                 security_context: Some(LinuxSandboxSecurityContext {
                     namespace_options: Some(namespaces()),
                     ..LinuxSandboxSecurityContext::default()

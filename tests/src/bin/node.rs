@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 use kubeception_tests::artifacts::Containerd;
-use kubeception_tests::node::{Node, Runtime, init};
+use kubeception_tests::node::{Handler, Node, init};
 
 /// Starts and ends private containerd nodes.
 #[derive(Debug, Parser)]
@@ -45,8 +45,8 @@ fn main() -> Result<ExitCode> {
 }
 
 fn run(containerd: Containerd, runc_only: bool, command: &[String]) -> Result<ExitCode> {
-    let runtime = if runc_only { Runtime::default() } else { Runtime::installed() };
-    let node = Node::start("run", containerd, &runtime)?;
+    let handlers = if runc_only { Vec::new() } else { vec![Handler::standard()] };
+    let node = Node::start("run", containerd, &handlers)?;
     let (program, arguments) = command.split_first().context("no command")?;
     let status = node
         .command(program)

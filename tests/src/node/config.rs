@@ -1,38 +1,70 @@
 //! The files a node is configured by: containerd's, CNI's, and this runtime's.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
 use super::Place;
 use crate::artifacts::{self, Containerd};
+use crate::cri::COREOS_KVM;
 use crate::image;
 
-/// What a node is told about this runtime.
-#[derive(Debug, Clone, Default)]
-pub struct Runtime {
-    /// Whether the runtime handler `coreos-kvm` is there; `runc` always is.
-    pub installed: bool,
-    /// Further lines of its config.toml.
-    pub settings: String,
+/// One entry of this runtime in containerd's configuration, with a config.toml of its own.
+#[derive(Debug, Clone)]
+pub struct Handler {
+    name: String,
+    /// Keys of config.toml and their values as TOML.
+    settings: BTreeMap<String, String>,
 }
 
-impl Runtime {
-    /// As an admin installs it, on a machine that may or may not have KVM.
-    pub fn installed() -> Self {
-        Self { installed: true, settings: String::new() }
+impl Handler {
+    /// The handler `coreos-kvm` as an admin installs it, on a machine that may or may not have KVM.
+    pub fn standard() -> Self {
+        Self { name: COREOS_KVM.to_owned(), settings: BTreeMap::new() }
+    }
+
+    /// A further one, which differs by what [`Self::set`] says.
+    pub fn variant(name: &str) -> Self {
+        Self { name: name.to_owned(), ..Self::standard() }
+    }
+
+    /// Sets a key of config.toml, to a value as it stands in TOML.
+    pub fn set(mut self, key: &str, value: impl Into<String>) -> Self {
+        self.settings.insert(key.to_owned(), value.into());
+        self
+    }
+
+    /// The file that the handler is configured by.
+    pub fn config_path(&self, place: &Place) -> PathBuf {
+        place.base().join(format!("{}.toml", self.name))
+    }
+
+    fn config(&self, place: &Place) -> Result<String> {
+        let text = |path: PathBuf| format!("{:?}", path.display().to_string());
+        let mut settings = BTreeMap::from([
+            ("guests_dir".to_owned(), text(place.guests())),
+            ("agent_disk".to_owned(), text(artifacts::agent_disk()?)),
+            ("virtiofsd".to_owned(), text(artifacts::tool("virtiofsd")?)),
+            ("vhost_device_vsock".to_owned(), text(artifacts::tool("vhost-device-vsock")?)),
+        ]);
+        settings.extend(self.settings.clone());
+        Ok(settings.iter().map(|(key, value)| format!("{key} = {value}\n")).collect())
     }
 }
 
-pub(super) fn write(place: &Place, version: Containerd, runtime: &Runtime) -> Result<()> {
-    link_programs(place, version, runtime)?;
-    if runtime.installed {
-        write_file(&place.runtime_config(), &runtime_config(runtime)?)?;
+pub(super) fn write(place: &Place, version: Containerd, handlers: &[Handler]) -> Result<()> {
+    link_programs(place, version, !handlers.is_empty())?;
+    if !handlers.is_empty() {
+        symlink(artifacts::guests()?.join("reference"), place.guests().join("reference")).context("linking the guest")?;
+    }
+    for handler in handlers {
+        write_file(&handler.config_path(place), &handler.config(place)?)?;
     }
     write_file(&place.cni_config().join("10-bridge.conflist"), &cni_config(place))?;
-    write_file(&place.containerd_config(), &containerd_config(place, runtime)?)
+    write_file(&place.containerd_config(), &containerd_config(place, handlers)?)
 }
 
 fn write_file(path: &Path, text: &str) -> Result<()> {
@@ -40,11 +72,11 @@ fn write_file(path: &Path, text: &str) -> Result<()> {
 }
 
 /// containerd finds shims by its PATH.
-fn link_programs(place: &Place, version: Containerd, runtime: &Runtime) -> Result<()> {
+fn link_programs(place: &Place, version: Containerd, with_runtime: bool) -> Result<()> {
     let folder = artifacts::containerd(version)?;
     let mut programs = ["containerd", "ctr", "containerd-shim-runc-v2"].map(|name| folder.join(name)).to_vec();
     programs.push(artifacts::runc()?);
-    if runtime.installed {
+    if with_runtime {
         programs.push(artifacts::program("containerd-shim-coreos-kvm-v2")?);
         programs.push(artifacts::program("coreos-kvm")?);
     }
@@ -53,17 +85,6 @@ fn link_programs(place: &Place, version: Containerd, runtime: &Runtime) -> Resul
         symlink(&program, place.programs().join(name)).with_context(|| format!("linking {}", program.display()))?;
     }
     Ok(())
-}
-
-fn runtime_config(runtime: &Runtime) -> Result<String> {
-    Ok(format!(
-        "guests_dir = {guests:?}\nagent_disk = {agent:?}\nvirtiofsd = {virtiofsd:?}\nvhost_device_vsock = {vsock:?}\n{settings}",
-        guests = artifacts::guests()?,
-        agent = artifacts::agent_disk()?,
-        virtiofsd = artifacts::tool("virtiofsd")?,
-        vsock = artifacts::tool("vhost-device-vsock")?,
-        settings = runtime.settings,
-    ))
 }
 
 /// A bridge in the node's network, hostPorts by portmap.
@@ -90,7 +111,7 @@ fn cni_config(place: &Place) -> String {
 }
 
 /// Version 2 of the format, which every containerd from 1.3 to 2.x reads.
-fn containerd_config(place: &Place, runtime: &Runtime) -> Result<String> {
+fn containerd_config(place: &Place, handlers: &[Handler]) -> Result<String> {
     let cri = r#"plugins."io.containerd.grpc.v1.cri""#;
     let mut text = format!(
         r#"version = 2
@@ -133,18 +154,19 @@ state = "/run/containerd"
         cni_config = place.cni_config(),
         runc = artifacts::runc()?,
     );
-    if runtime.installed {
+    for handler in handlers {
         text += &format!(
             r#"
-[{cri}.containerd.runtimes.coreos-kvm]
+[{cri}.containerd.runtimes.{name}]
   runtime_type = "io.containerd.coreos-kvm.v2"
   pod_annotations = ["coreos-kvm.io/*"]
   container_annotations = ["coreos-kvm.io/*"]
   privileged_without_host_devices = true
-  [{cri}.containerd.runtimes.coreos-kvm.options]
+  [{cri}.containerd.runtimes.{name}.options]
     ConfigPath = {config:?}
 "#,
-            config = place.runtime_config(),
+            name = handler.name,
+            config = handler.config_path(place),
         );
     }
     Ok(text)

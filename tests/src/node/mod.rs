@@ -25,7 +25,7 @@ mod config;
 pub mod init;
 mod place;
 
-pub use config::Runtime;
+pub use config::Handler;
 pub use place::Place;
 
 /// How long the init of a node may take to get ready or to remove everything.
@@ -45,12 +45,12 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts a node, imports the images, and waits until containerd answers.
-    pub fn start(name: &str, version: Containerd, runtime: &Runtime) -> Result<Self> {
+    /// Starts a node, imports the images, and waits until containerd answers. Without handlers it has runc alone.
+    pub fn start(name: &str, version: Containerd, handlers: &[Handler]) -> Result<Self> {
         let place = Place::new(name);
         let (unshare, init) = start_init(&place)?;
         let mut node = Self { place, version, unshare, init, containerd: None };
-        config::write(&node.place, version, runtime)?;
+        config::write(&node.place, version, handlers)?;
         node.start_containerd()?;
         node.import_images()?;
         Ok(node)

@@ -81,9 +81,9 @@ impl Place {
         self.base.join("containerd.toml")
     }
 
-    /// The configuration of this runtime.
-    pub fn runtime_config(&self) -> PathBuf {
-        self.base.join("config.toml")
+    /// The guests that pods can name: `reference`, and what a trial adds.
+    pub fn guests(&self) -> PathBuf {
+        self.base.join("guests")
     }
 
     /// The parent of the pods' cgroups, as a kubelet would name it.
@@ -105,7 +105,7 @@ impl Place {
     pub(super) fn folders(&self) -> Vec<PathBuf> {
         // Some programs expect their folder in /run.
         let run = ["lock", "netns"].map(|folder| self.run().join(folder));
-        let mut folders = vec![self.root(), self.programs(), self.cni_config(), self.cni_data()];
+        let mut folders = vec![self.root(), self.programs(), self.guests(), self.cni_config(), self.cni_data()];
         folders.extend(run);
         folders
     }

@@ -1,0 +1,203 @@
+//! The nodes that the trials run on, and the pods that trials share.
+
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+use kubeception_tests::artifacts::Containerd;
+use kubeception_tests::cri::{COREOS_KVM, Cri, message};
+use kubeception_tests::image;
+use kubeception_tests::node::{Handler, Node};
+use kubeception_tests::pod::{Container, Pod};
+use libtest_mimic::{Failed, Trial};
+
+/// One node, started when the first trial needs it.
+pub(crate) struct Lab {
+    name: String,
+    version: Containerd,
+    handlers: Vec<Handler>,
+    started: OnceLock<Result<Started, String>>,
+}
+
+struct Started {
+    /// Held for writing by a trial that needs the node for itself.
+    node: RwLock<Node>,
+    cri: Cri,
+    shared: Mutex<Option<Result<Arc<SharedPod>, String>>>,
+}
+
+/// A pod that several trials use, each with containers of its own.
+#[derive(Debug)]
+pub(crate) struct SharedPod {
+    pub(crate) pod: Pod,
+    pub(crate) id: String,
+}
+
+/// A node in the hands of a trial, together with others.
+pub(crate) struct Together<'a> {
+    pub(crate) node: RwLockReadGuard<'a, Node>,
+    started: &'a Started,
+}
+
+/// A node in the hands of one trial.
+pub(crate) struct Alone<'a> {
+    pub(crate) node: RwLockWriteGuard<'a, Node>,
+    pub(crate) cri: &'a Cri,
+}
+
+impl Deref for Together<'_> {
+    type Target = Cri;
+
+    fn deref(&self) -> &Cri {
+        &self.started.cri
+    }
+}
+
+impl Lab {
+    pub(crate) fn new(name: &str, version: Containerd, handlers: Vec<Handler>) -> Arc<Self> {
+        Arc::new(Self { name: name.to_owned(), version, handlers, started: OnceLock::new() })
+    }
+
+    /// A trial that shares the node with others.
+    pub(crate) fn trial(self: &Arc<Self>, name: &str, run: fn(&Together<'_>) -> Result<()>) -> Trial {
+        let lab = Arc::clone(self);
+        self.named(name, move || {
+            let started = lab.started()?;
+            let node = started.node.read().unwrap_or_else(PoisonError::into_inner);
+            run(&Together { node, started })
+        })
+    }
+
+    /// A trial that has the node for itself.
+    pub(crate) fn trial_alone(self: &Arc<Self>, name: &str, run: impl Fn(&mut Alone<'_>) -> Result<()> + Send + 'static) -> Trial {
+        let lab = Arc::clone(self);
+        self.named(name, move || {
+            let started = lab.started()?;
+            let node = started.node.write().unwrap_or_else(PoisonError::into_inner);
+            run(&mut Alone { node, cri: &started.cri })
+        })
+    }
+
+    fn named(&self, name: &str, run: impl Fn() -> Result<()> + Send + 'static) -> Trial {
+        Trial::test(format!("containerd {}: {name}", self.version), move || {
+            let begun = Instant::now();
+            run().map_err(|error| {
+                let seconds = begun.elapsed().as_secs_f32();
+                Failed::from(format!("after {seconds:.1} s: {error:#}"))
+            })
+        })
+    }
+
+    fn started(&self) -> Result<&Started> {
+        let started = self.started.get_or_init(|| {
+            let start = || {
+                let node = Node::start(&self.name, self.version, &self.handlers)?;
+                let cri = Cri::connect(&node)?;
+                anyhow::Ok(Started { node: RwLock::new(node), cri, shared: Mutex::new(None) })
+            };
+            start().map_err(|error| format!("the node did not start: {error:#}"))
+        });
+        started.as_ref().map_err(|error| anyhow!(error.clone()))
+    }
+
+    /// Removes the shared pod, if there is one.
+    pub(crate) fn tidy(&self) -> Result<()> {
+        let Some(Ok(started)) = self.started.get() else { return Ok(()) };
+        match started.shared.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(Ok(shared)) => {
+                started.cri.stop_pod(&shared.id)?;
+                started.cri.remove_pod(&shared.id)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Together<'_> {
+    /// The pod that trials share, started by the first.
+    pub(crate) fn shared(&self) -> Result<Arc<SharedPod>> {
+        let mut shared = self.started.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let outcome = shared.get_or_insert_with(|| {
+            let pod = Pod::new(self.node.place(), "shared").host_port(8080, 18080);
+            match self.started.cri.run_pod(&pod, COREOS_KVM) {
+                Ok(id) => Ok(Arc::new(SharedPod { pod, id })),
+                Err(error) => Err(format!("the shared pod did not start: {}", message(&error))),
+            }
+        });
+        outcome.clone().map_err(|error| anyhow!(error))
+    }
+
+    /// A container in the shared pod that just stays, and is removed when dropped.
+    pub(crate) fn idle(&self, name: &str) -> Result<Running<'_>> {
+        self.running(&Container::new(name, image::BUSYBOX).command(&["sleep", "2147483647"]))
+    }
+
+    /// A container in the shared pod, removed when dropped.
+    pub(crate) fn running(&self, container: &Container) -> Result<Running<'_>> {
+        let shared = self.shared()?;
+        let id = self.run(&shared.id, container, &shared.pod)?;
+        Ok(Running { cri: &self.started.cri, id, log: container.log(&shared.pod) })
+    }
+}
+
+/// A started container.
+pub(crate) struct Running<'a> {
+    cri: &'a Cri,
+    pub(crate) id: String,
+    pub(crate) log: std::path::PathBuf,
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.cri.remove(&self.id) {
+            // Some trials remove theirs.
+            if !message(&error).contains("not found") {
+                eprintln!("container {} cannot be removed: {error:#}", self.id);
+            }
+        }
+    }
+}
+
+/// A pod of one trial, removed when dropped.
+pub(crate) struct OwnPod<'a> {
+    cri: &'a Cri,
+    pub(crate) pod: Pod,
+    pub(crate) id: String,
+    removed: bool,
+}
+
+impl<'a> OwnPod<'a> {
+    pub(crate) fn run(cri: &'a Cri, pod: Pod, handler: &str) -> Result<Self> {
+        let id = cri.run_pod(&pod, handler)?;
+        Ok(Self { cri, pod, id, removed: false })
+    }
+
+    pub(crate) fn remove(mut self) -> Result<()> {
+        self.removed = true;
+        self.cri.stop_pod(&self.id)?;
+        self.cri.remove_pod(&self.id)
+    }
+}
+
+impl Drop for OwnPod<'_> {
+    fn drop(&mut self) {
+        if !self.removed {
+            let outcome = self.cri.stop_pod(&self.id).and_then(|()| self.cri.remove_pod(&self.id));
+            if let Err(error) = outcome {
+                eprintln!("pod {} cannot be removed: {error:#}", self.id);
+            }
+        }
+    }
+}
+
+/// Tries again until it works or the bound is over.
+pub(crate) fn eventually<T>(bound: Duration, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    let deadline = Instant::now() + bound;
+    loop {
+        match attempt() {
+            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(100)),
+            outcome => return outcome,
+        }
+    }
+}
