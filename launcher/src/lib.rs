@@ -17,6 +17,7 @@ pub mod console;
 pub mod guest;
 pub mod machine;
 pub mod netdev;
+pub mod program;
 pub mod provision;
 pub mod qemu;
 pub mod state;

@@ -57,24 +57,30 @@ pub struct ProcessId {
 }
 
 impl ProcessId {
-    /// The process that has `pid` now; None if there is none.
+    /// The process that has `pid` now, ended or not; None if there is none.
     pub fn of(pid: u32) -> Option<Self> {
+        Self::look(pid).map(|(process, _)| process)
+    }
+
+    /// Whether it still runs; one that has ended and is not yet waited for does not.
+    pub fn is_alive(self) -> bool {
+        Self::look(self.pid).is_some_and(|(process, ended)| process == self && !ended)
+    }
+
+    /// The process, and whether it has ended.
+    fn look(pid: u32) -> Option<(Self, bool)> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The second field, the name in parentheses, may hold anything, so count behind the last parenthesis.
         let (_, fields) = stat.rsplit_once(')')?;
         let mut fields = fields.split_ascii_whitespace();
         let (state, start_time) = (fields.next()?, fields.nth(18)?);
-        // One that has ended and is not yet waited for is no longer a process to anybody here.
-        (state != "Z" && state != "X").then_some(())?;
-        Some(Self {
-            pid,
-            start_time: start_time.parse().ok()?,
-        })
-    }
-
-    /// Whether it still runs.
-    pub fn is_alive(self) -> bool {
-        Self::of(self.pid) == Some(self)
+        Some((
+            Self {
+                pid,
+                start_time: start_time.parse().ok()?,
+            },
+            matches!(state, "Z" | "X"),
+        ))
     }
 
     /// Sends `signal`; says whether there was a process to send it to. Race-free: a process that took over the number

@@ -1,1 +1,408 @@
+//! QEMU as a process: found, of a version that will do, started with nothing but what it needs, watched to its end.
 
+use std::{
+    collections::HashMap,
+    ffi::OsString,
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::{fs::MetadataExt, process::ExitStatusExt},
+    },
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use nix::sys::signal::Signal;
+use tokio::{
+    io::AsyncReadExt,
+    process::{Child, Command},
+    sync::watch,
+};
+
+use crate::{
+    console::Tail,
+    program::{self, ProgramError},
+    state::ProcessId,
+};
+
+/// Oldest QEMU that is known to do what is asked of it: vhost-user-vsock, virtiofs and pvpanic all work in 7.2.
+pub const OLDEST: Version = Version { major: 7, minor: 2 };
+
+/// `--version` is a matter of milliseconds.
+const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
+/// Bytes of QEMU's own messages that are kept for an error message.
+const MESSAGES: usize = 4096;
+
+/// A version of QEMU, as far as it matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    pub major: u32,
+    pub minor: u32,
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// QEMU could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    #[error(transparent)]
+    Missing(#[from] ProgramError),
+    #[error("{} does not answer `--version` as QEMU does: {answer:?}", path.display())]
+    NoQemu { path: PathBuf, answer: String },
+    #[error("QEMU {found} ({}) is too old: {OLDEST} or later is needed; install it, or name another as `qemu` in the configuration", path.display())]
+    TooOld { path: PathBuf, found: Version },
+    #[error("{} cannot be started", path.display())]
+    Start {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("QEMU ended as soon as it was started")]
+    Gone,
+}
+
+/// Finds the QEMU that the configuration names and makes sure that it is not too old.
+///
+/// # Errors
+/// When it is missing, no QEMU, or too old.
+pub async fn find(program: &Path) -> Result<(PathBuf, Version), ProcessError> {
+    let path = program::find("QEMU", "qemu", program)?;
+    let version = version(&path).await?;
+    new_enough(&path, version).map(|()| (path, version))
+}
+
+fn new_enough(path: &Path, found: Version) -> Result<(), ProcessError> {
+    if found < OLDEST {
+        Err(ProcessError::TooOld {
+            path: path.to_owned(),
+            found,
+        })
+    } else {
+        Ok(())
+    }
+}
+
+/// The version of the program at `path`; asked once for each file, told apart by device, inode and time of change.
+async fn version(path: &Path) -> Result<Version, ProcessError> {
+    static KNOWN: Mutex<Option<HashMap<(u64, u64, i64, i64), Version>>> = Mutex::new(None);
+
+    let start = |source| ProcessError::Start {
+        path: path.to_owned(),
+        source,
+    };
+    let file = std::fs::metadata(path).map_err(start)?;
+    let key = (file.dev(), file.ino(), file.mtime(), file.mtime_nsec());
+    // A map of numbers is whole at any time.
+    let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(version) = known().as_ref().and_then(|known| known.get(&key)) {
+        return Ok(*version);
+    }
+    let asked = Command::new(path)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let output = match tokio::time::timeout(VERSION_TIMEOUT, asked).await {
+        Ok(output) => output.map_err(start)?,
+        Err(_) => return Err(start(io::ErrorKind::TimedOut.into())),
+    };
+    let answer = String::from_utf8_lossy(&output.stdout);
+    let version = parse_version(&answer).ok_or_else(|| ProcessError::NoQemu {
+        path: path.to_owned(),
+        answer: answer.chars().take(200).collect(),
+    })?;
+    known().get_or_insert_default().insert(key, version);
+    Ok(version)
+}
+
+/// From `QEMU emulator version 7.2.22 (Debian ...)`.
+fn parse_version(answer: &str) -> Option<Version> {
+    let mut numbers = answer
+        .strip_prefix("QEMU emulator version ")?
+        .split(|c: char| !c.is_ascii_digit());
+    Some(Version {
+        major: numbers.next()?.parse().ok()?,
+        minor: numbers.next()?.parse().ok()?,
+    })
+}
+
+/// The wall around a process.
+#[derive(Debug, Default)]
+pub struct Confinement {
+    /// Network namespace that it enters.
+    pub netns: Option<File>,
+    /// `cgroup.procs` files, open for writing, of the cgroups that it enters.
+    pub cgroups: Vec<File>,
+    /// uid, and gid of the same number; None leaves it this process's.
+    pub uid: Option<u32>,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+}
+
+/// A running QEMU. Dropping it kills it.
+#[derive(Debug)]
+pub struct Process {
+    id: ProcessId,
+    exit: watch::Receiver<Option<ExitStatus>>,
+    messages: Tail,
+}
+
+impl Process {
+    /// Starts `program` with `arguments` and an empty environment, holding exactly the descriptors `inherited` (which the
+    /// arguments name by number) beside the standard ones. Has to be called from the thread that lives as long as the
+    /// machine: the process dies with that thread, prctl(2), PR_SET_PDEATHSIG.
+    ///
+    /// # Errors
+    /// When it cannot be started, or cannot be confined as asked.
+    pub fn start(
+        program: &Path,
+        arguments: &[OsString],
+        inherited: Vec<OwnedFd>,
+        confinement: Confinement,
+    ) -> Result<Self, ProcessError> {
+        let start = |source| ProcessError::Start {
+            path: program.to_owned(),
+            source,
+        };
+        let mut command = Command::new(program);
+        command
+            .args(arguments)
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        let numbers: Vec<RawFd> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
+        let parent = nix::unistd::getpid();
+        // SAFETY: between fork and exec only system calls are made, on memory that was allocated before; see `confine`.
+        unsafe { command.pre_exec(move || confine(&confinement, &numbers, parent)) };
+        let mut child = command.spawn().map_err(start)?;
+        drop(inherited);
+
+        let messages = Tail::new(MESSAGES);
+        if let Some(stderr) = child.stderr.take() {
+            tokio::spawn(collect(stderr, messages.clone()));
+        }
+        let id = child.id().and_then(ProcessId::of).ok_or(ProcessError::Gone)?;
+        let (ended, exit) = watch::channel(None);
+        tokio::spawn(reap(child, ended));
+        Ok(Self { id, exit, messages })
+    }
+
+    /// Which process it is.
+    pub fn id(&self) -> ProcessId {
+        self.id
+    }
+
+    /// Waits for its end; any number of callers may, at any time.
+    pub async fn exited(&self) -> ExitStatus {
+        let mut exit = self.exit.clone();
+        match exit.wait_for(Option::is_some).await {
+            Ok(status) => status.unwrap_or_default(),
+            // The reaper says its word before it ends, unless the runtime is being torn down.
+            Err(_) => ExitStatus::from_raw(Signal::SIGKILL as i32),
+        }
+    }
+
+    /// Kills it and waits until it is gone.
+    pub async fn kill(&self) {
+        self.send_kill();
+        self.exited().await;
+    }
+
+    /// The last of what it said on stderr.
+    pub fn messages(&self, count: usize) -> Vec<String> {
+        self.messages.last_lines(count)
+    }
+
+    fn send_kill(&self) {
+        if let Err(error) = self.id.signal(Signal::SIGKILL) {
+            tracing::warn!(%error, pid = self.id.pid, "QEMU cannot be killed");
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.exit.borrow().is_none() {
+            self.send_kill();
+        }
+    }
+}
+
+/// The one who waits for the process.
+async fn reap(mut child: Child, ended: watch::Sender<Option<ExitStatus>>) {
+    let status = child.wait().await.unwrap_or_else(|error| {
+        tracing::warn!(%error, "QEMU's end cannot be waited for");
+        ExitStatus::from_raw(Signal::SIGKILL as i32)
+    });
+    ended.send_replace(Some(status));
+}
+
+/// Reads until the process has closed its stderr, which it does at its end.
+async fn collect(mut stderr: tokio::process::ChildStderr, messages: Tail) {
+    let mut buffer = [0; 1024];
+    while let Ok(count @ 1..) = stderr.read(&mut buffer).await {
+        messages.push(&buffer[..count]);
+        for line in crate::console::harmless(&String::from_utf8_lossy(&buffer[..count])).lines() {
+            tracing::debug!(line, "QEMU says");
+        }
+    }
+}
+
+/// Runs in the child between fork and exec: only system calls, no allocation, no locks.
+fn confine(confinement: &Confinement, inherited: &[RawFd], parent: nix::unistd::Pid) -> io::Result<()> {
+    let check = |result: libc::c_long| {
+        if result < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
+    };
+
+    // Whatever else is open in this process, whoever opened it, ends at exec.
+    // SAFETY: close_range(2) with a flag that closes nothing yet.
+    check(unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) })?;
+    for descriptor in inherited {
+        // SAFETY: fcntl(2) on a number; the parent holds the descriptor open while it spawns.
+        check(unsafe { libc::fcntl(*descriptor, libc::F_SETFD, 0) }.into())?;
+    }
+    for mut procs in &confinement.cgroups {
+        io::Write::write_all(&mut procs, b"0")?;
+    }
+    if let Some(netns) = &confinement.netns {
+        // SAFETY: setns(2) moves this single-threaded process.
+        check(unsafe { libc::setns(netns.as_raw_fd(), libc::CLONE_NEWNET) }.into())?;
+    }
+    // A core would hold the guest's memory.
+    let no_core = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: setrlimit(2) reads the structure, which lives longer than the call.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &no_core) }.into())?;
+    if let Some(uid) = confinement.uid {
+        // System calls, for the C library's functions of these names would look for other threads to change as well.
+        // SAFETY: setgroups(2) reads so many numbers, which live longer than the call.
+        check(unsafe {
+            libc::syscall(
+                libc::SYS_setgroups,
+                confinement.groups.len(),
+                confinement.groups.as_ptr(),
+            )
+        })?;
+        // SAFETY: setresgid(2) and setresuid(2) take numbers.
+        check(unsafe { libc::syscall(libc::SYS_setresgid, uid, uid, uid) })?;
+        // SAFETY: as above.
+        check(unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, uid) })?;
+    }
+    // SAFETY: prctl(2) with numbers alone.
+    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())?;
+    // After the change of uid, which clears it.
+    // SAFETY: as above.
+    check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) }.into())?;
+    // A parent that died before that line will send no signal.
+    if nix::unistd::getppid() != parent {
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(text: &str, inherited: Vec<OwnedFd>, confinement: Confinement) -> Process {
+        let arguments = ["-c".into(), text.into()];
+        Process::start(Path::new("/bin/sh"), &arguments, inherited, confinement).unwrap()
+    }
+
+    #[rstest::rstest]
+    #[case("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright", Some((7, 2)))]
+    #[case("QEMU emulator version 10.0.2", Some((10, 0)))]
+    #[case("kvm 1.0", None)]
+    fn a_version_is_read_from_the_first_line(#[case] answer: &str, #[case] expected: Option<(u32, u32)>) {
+        assert_eq!(
+            parse_version(answer).map(|version| (version.major, version.minor)),
+            expected
+        );
+    }
+
+    #[test]
+    fn an_old_qemu_is_refused_with_the_version_that_is_needed() {
+        let path = Path::new("/usr/bin/qemu");
+        let error = new_enough(path, Version { major: 5, minor: 2 })
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("QEMU 5.2 (/usr/bin/qemu) is too old: 7.2 or later is needed"),
+            "{error}"
+        );
+        assert!(new_enough(path, Version { major: 10, minor: 0 }).is_ok());
+    }
+
+    #[tokio::test]
+    async fn another_program_is_not_taken_for_qemu() {
+        let error = find(Path::new("/bin/true")).await.unwrap_err();
+        assert!(matches!(error, ProcessError::NoQemu { .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn what_it_said_last_is_at_hand_after_its_end() {
+        let process = shell("echo the disk is gone >&2; exit 3", Vec::new(), Confinement::default());
+        assert_eq!(process.exited().await.code(), Some(3));
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+        while process.messages(1).is_empty() && tokio::time::Instant::now() < deadline {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(process.messages(1), ["the disk is gone"]);
+    }
+
+    #[tokio::test]
+    async fn it_holds_the_descriptors_it_is_given_and_no_others() {
+        let given: OwnedFd = File::open("/dev/null").unwrap().into();
+        let number = given.as_raw_fd();
+        // One that a careless library left open for children.
+        let stray: OwnedFd = File::open("/dev/zero").unwrap().into();
+        // SAFETY: fcntl(2) on an open descriptor.
+        assert_eq!(unsafe { libc::fcntl(stray.as_raw_fd(), libc::F_SETFD, 0) }, 0);
+        let text = format!(
+            "[ -e /proc/self/fd/{number} ] || exit 1; [ ! -e /proc/self/fd/{} ]",
+            stray.as_raw_fd()
+        );
+        let process = shell(&text, vec![given], Confinement::default());
+        assert_eq!(process.exited().await.code(), Some(0));
+    }
+
+    #[tokio::test]
+    async fn it_has_the_rights_of_its_own_user_and_can_gain_none() {
+        let confinement = Confinement {
+            uid: Some(2_000_123),
+            groups: vec![2_000_124],
+            ..Default::default()
+        };
+        let text = "[ $(id -u) = 2000123 ] && [ $(id -g) = 2000123 ] && [ \"$(id -G)\" = '2000123 2000124' ] && \
+                    grep -q '^NoNewPrivs:.1' /proc/self/status && grep -q '^CapEff:.0000000000000000' /proc/self/status";
+        let process = shell(text, Vec::new(), confinement);
+        assert_eq!(process.exited().await.code(), Some(0));
+    }
+
+    #[tokio::test]
+    async fn dropping_it_kills_it() {
+        let process = shell("exec sleep 60", Vec::new(), Confinement::default());
+        let id = process.id();
+        drop(process);
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+        while id.is_alive() && tokio::time::Instant::now() < deadline {
+            tokio::task::yield_now().await;
+        }
+        assert!(!id.is_alive());
+    }
+}
