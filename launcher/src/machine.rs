@@ -68,6 +68,58 @@ pub struct Machine {
     pub boot_timeout: Duration,
 }
 
+/// A machine that cannot be.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum MachineError {
+    #[error("a machine needs at least one processor")]
+    NoProcessor,
+    #[error("{memory_mib} MiB of memory are too little: the guest {guest:?} needs at least {min_memory_mib} MiB")]
+    Memory {
+        memory_mib: u64,
+        guest: String,
+        min_memory_mib: u64,
+    },
+    #[error("{0:?} cannot be a kernel argument: it has white space, quotes or control characters, or is empty")]
+    KernelArgument(String),
+    #[error("the kernel arguments have {length} bytes; at most {KERNEL_ARGUMENTS_MAX} reach the kernel")]
+    KernelArguments { length: usize },
+}
+
+/// Room that is left to a machine's own kernel arguments in the 2,048 bytes that an x86 kernel reads, in bytes.
+pub const KERNEL_ARGUMENTS_MAX: usize = 1024;
+
+impl Machine {
+    /// Whether such a machine can be started.
+    ///
+    /// # Errors
+    /// When it has no processor, less memory than its guest needs, or arguments that the kernel would read otherwise.
+    pub fn check(&self) -> Result<(), MachineError> {
+        if self.vcpus == 0 {
+            return Err(MachineError::NoProcessor);
+        }
+        if self.memory_mib < self.guest.min_memory_mib {
+            return Err(MachineError::Memory {
+                memory_mib: self.memory_mib,
+                guest: self.guest.name.clone(),
+                min_memory_mib: self.guest.min_memory_mib,
+            });
+        }
+        let odd = |c: char| c.is_whitespace() || c.is_control() || c == '"';
+        if let Some(argument) = self
+            .kernel_args
+            .iter()
+            .find(|argument| argument.is_empty() || argument.contains(odd))
+        {
+            return Err(MachineError::KernelArgument(argument.clone()));
+        }
+        let length = self.kernel_args.iter().map(|argument| argument.len() + 1).sum();
+        if length > KERNEL_ARGUMENTS_MAX {
+            return Err(MachineError::KernelArguments { length });
+        }
+        Ok(())
+    }
+}
+
 /// How the guest is on the network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Network {
@@ -98,4 +150,71 @@ pub enum PortProtocol {
     Tcp,
     Udp,
     Sctp,
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::guest::DiskFormat;
+
+    /// A machine that can be, for the tests of whatever reads machines.
+    pub(crate) fn machine() -> Machine {
+        Machine {
+            id: "pod".parse().unwrap(),
+            guest: Guest {
+                name: "reference".to_owned(),
+                kernel: "/guests/reference/vmlinuz".into(),
+                initramfs: "/guests/reference/initrd.img".into(),
+                root: "/guests/reference/root.erofs".into(),
+                root_format: DiskFormat::Raw,
+                kernel_args: ["root=/dev/vda", "ro"].map(str::to_owned).to_vec(),
+                ignition_fw_cfg: "opt/com.coreos/config".to_owned(),
+                ignition_versions: ["3.0.0", "3.1.0", "3.2.0", "3.3.0"].map(str::to_owned).to_vec(),
+                min_memory_mib: 192,
+            },
+            vcpus: 1,
+            memory_mib: 512,
+            acceleration: AccelerationChoice::Auto,
+            ignition: None,
+            kernel_args: Vec::new(),
+            network: Network::None,
+            cgroup: None,
+            boot_timeout: Duration::from_secs(60),
+        }
+    }
+
+    #[test]
+    fn too_little_memory_is_told_with_what_the_guest_needs() {
+        let machine = Machine {
+            memory_mib: 64,
+            ..machine()
+        };
+        let error = machine.check().unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "64 MiB of memory are too little: the guest \"reference\" needs at least 192 MiB"
+        );
+    }
+
+    #[rstest::rstest]
+    #[case("a b")]
+    #[case("a=\"b\"")]
+    #[case("a\nb")]
+    #[case("")]
+    fn a_kernel_argument_is_one_word(#[case] argument: &str) {
+        let machine = Machine {
+            kernel_args: vec![argument.to_owned()],
+            ..machine()
+        };
+        assert_eq!(machine.check(), Err(MachineError::KernelArgument(argument.to_owned())));
+    }
+
+    #[test]
+    fn kernel_arguments_are_not_cut_off() {
+        let machine = Machine {
+            kernel_args: vec!["x".repeat(KERNEL_ARGUMENTS_MAX)],
+            ..machine()
+        };
+        assert_eq!(machine.check(), Err(MachineError::KernelArguments { length: 1025 }));
+    }
 }

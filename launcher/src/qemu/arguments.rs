@@ -226,39 +226,8 @@ fn own_file(descriptor: RawFd) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::{
-        accel::AccelerationChoice,
-        guest::{DiskFormat, Guest},
-        machine::Network,
-    };
-
-    fn machine() -> Machine {
-        Machine {
-            id: "pod".parse().unwrap(),
-            guest: Guest {
-                name: "reference".to_owned(),
-                kernel: "/guests/reference/vmlinuz".into(),
-                initramfs: "/guests/reference/initrd.img".into(),
-                root: "/guests/reference/root.erofs".into(),
-                root_format: DiskFormat::Raw,
-                kernel_args: ["root=/dev/vda", "ro"].map(str::to_owned).to_vec(),
-                ignition_fw_cfg: "opt/com.coreos/config".to_owned(),
-                ignition_versions: vec!["3.3.0".to_owned()],
-                min_memory_mib: 192,
-            },
-            vcpus: 1,
-            memory_mib: 512,
-            acceleration: AccelerationChoice::Auto,
-            ignition: Some("{\"secret\": true}".to_owned()),
-            kernel_args: Vec::new(),
-            network: Network::None,
-            cgroup: None,
-            boot_timeout: Duration::from_secs(60),
-        }
-    }
+    use crate::{guest::DiskFormat, machine::tests::machine};
 
     fn descriptors() -> Descriptors {
         Descriptors {
@@ -336,6 +305,10 @@ mod tests {
 
     #[test]
     fn the_configuration_is_not_in_the_arguments() {
-        assert!(!lines(&machine(), Acceleration::Tcg, &descriptors()).contains("secret"));
+        let machine = Machine {
+            ignition: Some("{\"secret\": true}".to_owned()),
+            ..machine()
+        };
+        assert!(!lines(&machine, Acceleration::Tcg, &descriptors()).contains("secret"));
     }
 }
