@@ -38,5 +38,5 @@ build_test_bed() {
 # guest/build finds out by content whether there is anything to do.
 build_guest() {
   step "guest image" - "A package that cannot be fetched: check the network; else the log tells." \
-    "$here/guest/build" --output "$guests/reference" --cache "$cache/guest"
+    "$here/guest/build" --output "$guests/reference" --cache "$cache"
 }

@@ -4,13 +4,31 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use kubeception_tests::artifacts::Containerd;
 use kubeception_tests::cri::{COREOS_KVM, Cri, message};
 use kubeception_tests::image;
-use kubeception_tests::node::{Handler, Node};
+use kubeception_tests::node::{Handler, Node, Place};
 use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::{Failed, Trial};
+
+/// Annotation with an Ignition configuration.
+pub(crate) const CONFIG_INLINE: &str = "coreos-kvm.io/config-inline";
+/// The file that the shared pod's Ignition configuration writes, and its content.
+pub(crate) const IGNITED_FILE: (&str, &str) = ("/etc/ignited", "written by Ignition");
+/// The unit that it adds; it writes to [`IGNITED_UNIT_FILE`] once it runs.
+pub(crate) const IGNITED_UNIT: &str = "ignited.service";
+pub(crate) const IGNITED_UNIT_FILE: &str = "/run/ignited";
+const CONFIG: &str = r#"{
+  "ignition": { "version": "3.3.0" },
+  "storage": { "files": [{
+    "path": "/etc/ignited", "mode": 420, "contents": { "source": "data:,written%20by%20Ignition" }
+  }] },
+  "systemd": { "units": [{
+    "name": "ignited.service", "enabled": true,
+    "contents": "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/sh -c 'echo started > /run/ignited'\n[Install]\nWantedBy=multi-user.target\n"
+  }] }
+}"#;
 
 /// One node, started when the first trial needs it.
 pub(crate) struct Lab {
@@ -44,6 +62,7 @@ pub(crate) struct Together<'a> {
 pub(crate) struct Alone<'a> {
     pub(crate) node: RwLockWriteGuard<'a, Node>,
     pub(crate) cri: &'a Cri,
+    started: &'a Started,
 }
 
 impl Deref for Together<'_> {
@@ -56,7 +75,12 @@ impl Deref for Together<'_> {
 
 impl Lab {
     pub(crate) fn new(name: &str, version: Containerd, handlers: Vec<Handler>) -> Arc<Self> {
-        Arc::new(Self { name: name.to_owned(), version, handlers, started: OnceLock::new() })
+        Arc::new(Self {
+            name: name.to_owned(),
+            version,
+            handlers,
+            started: OnceLock::new(),
+        })
     }
 
     /// A trial that shares the node with others.
@@ -70,12 +94,20 @@ impl Lab {
     }
 
     /// A trial that has the node for itself.
-    pub(crate) fn trial_alone(self: &Arc<Self>, name: &str, run: impl Fn(&mut Alone<'_>) -> Result<()> + Send + 'static) -> Trial {
+    pub(crate) fn trial_alone(
+        self: &Arc<Self>,
+        name: &str,
+        run: impl Fn(&mut Alone<'_>) -> Result<()> + Send + 'static,
+    ) -> Trial {
         let lab = Arc::clone(self);
         self.named(name, move || {
             let started = lab.started()?;
             let node = started.node.write().unwrap_or_else(PoisonError::into_inner);
-            run(&mut Alone { node, cri: &started.cri })
+            run(&mut Alone {
+                node,
+                cri: &started.cri,
+                started,
+            })
         })
     }
 
@@ -94,7 +126,11 @@ impl Lab {
             let start = || {
                 let node = Node::start(&self.name, self.version, &self.handlers)?;
                 let cri = Cri::connect(&node)?;
-                anyhow::Ok(Started { node: RwLock::new(node), cri, shared: Mutex::new(None) })
+                anyhow::Ok(Started {
+                    node: RwLock::new(node),
+                    cri,
+                    shared: Mutex::new(None),
+                })
             };
             start().map_err(|error| format!("the node did not start: {error:#}"))
         });
@@ -103,7 +139,9 @@ impl Lab {
 
     /// Removes the shared pod, if there is one.
     pub(crate) fn tidy(&self) -> Result<()> {
-        let Some(Ok(started)) = self.started.get() else { return Ok(()) };
+        let Some(Ok(started)) = self.started.get() else {
+            return Ok(());
+        };
         match started.shared.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(Ok(shared)) => {
                 started.cri.stop_pod(&shared.id)?;
@@ -114,18 +152,38 @@ impl Lab {
     }
 }
 
-impl Together<'_> {
-    /// The pod that trials share, started by the first.
-    pub(crate) fn shared(&self) -> Result<Arc<SharedPod>> {
-        let mut shared = self.started.shared.lock().unwrap_or_else(PoisonError::into_inner);
+impl Started {
+    fn shared(&self, place: &Place) -> Result<Arc<SharedPod>> {
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         let outcome = shared.get_or_insert_with(|| {
-            let pod = Pod::new(self.node.place(), "shared").host_port(8080, 18080);
-            match self.started.cri.run_pod(&pod, COREOS_KVM) {
+            let pod = Pod::new(place, "shared")
+                .host_port(8080, 18080)
+                .annotation(CONFIG_INLINE, CONFIG);
+            match self.cri.run_pod(&pod, COREOS_KVM) {
                 Ok(id) => Ok(Arc::new(SharedPod { pod, id })),
                 Err(error) => Err(format!("the shared pod did not start: {}", message(&error))),
             }
         });
         outcome.clone().map_err(|error| anyhow!(error))
+    }
+}
+
+impl Alone<'_> {
+    /// The pod that trials share, started by the first.
+    pub(crate) fn shared(&self) -> Result<Arc<SharedPod>> {
+        self.started.shared(self.node.place())
+    }
+}
+
+impl Together<'_> {
+    /// The pod that trials share, started by the first.
+    pub(crate) fn shared(&self) -> Result<Arc<SharedPod>> {
+        self.started.shared(self.node.place())
+    }
+
+    /// Runs a command in the guest's own namespaces, as who debugs the node does.
+    pub(crate) fn in_guest(&self, sandbox: &str, command: &[&str]) -> Result<String> {
+        in_guest(&self.node, sandbox, command)
     }
 
     /// A container in the shared pod that just stays, and is removed when dropped.
@@ -137,8 +195,31 @@ impl Together<'_> {
     pub(crate) fn running(&self, container: &Container) -> Result<Running<'_>> {
         let shared = self.shared()?;
         let id = self.run(&shared.id, container, &shared.pod)?;
-        Ok(Running { cri: &self.started.cri, id, log: container.log(&shared.pod) })
+        Ok(Running {
+            cri: &self.started.cri,
+            id,
+            log: container.log(&shared.pod),
+        })
     }
+}
+
+pub(crate) fn in_guest(node: &Node, sandbox: &str, command: &[&str]) -> Result<String> {
+    let output = node
+        .command("coreos-kvm")
+        .arg("--config")
+        .arg(Handler::standard().config_path(node.place()))
+        .args(["exec", sandbox, "--"])
+        .args(command)
+        .output()
+        .context("running coreos-kvm exec")?;
+    ensure!(
+        output.status.success(),
+        "coreos-kvm exec {}: {}: {}",
+        command.join(" "),
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// A started container.
@@ -170,7 +251,12 @@ pub(crate) struct OwnPod<'a> {
 impl<'a> OwnPod<'a> {
     pub(crate) fn run(cri: &'a Cri, pod: Pod, handler: &str) -> Result<Self> {
         let id = cri.run_pod(&pod, handler)?;
-        Ok(Self { cri, pod, id, removed: false })
+        Ok(Self {
+            cri,
+            pod,
+            id,
+            removed: false,
+        })
     }
 
     pub(crate) fn remove(mut self) -> Result<()> {

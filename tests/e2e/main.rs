@@ -10,7 +10,15 @@ use kubeception_tests::artifacts::Containerd;
 use kubeception_tests::node::{Handler, init};
 use libtest_mimic::{Arguments, Trial};
 
+mod bad_input;
+mod container;
+mod death;
+mod events;
+mod exec;
 mod lab;
+mod machine;
+mod many;
+mod network;
 mod testbed;
 
 use lab::Lab;
@@ -19,18 +27,50 @@ fn main() -> Result<ExitCode> {
     init::become_init_if_asked();
     let (chosen, arguments) = arguments()?;
 
-    let labs: Vec<Arc<Lab>> = Containerd::ALL
+    let mut labs = Vec::new();
+    let mut trials = Vec::new();
+    for version in Containerd::ALL
         .into_iter()
         .filter(|version| chosen.is_none_or(|chosen| chosen == *version))
-        .map(|version| Lab::new(version.short(), version, vec![Handler::standard()]))
-        .collect();
-    let trials: Vec<Trial> = labs.iter().flat_map(testbed::trials).collect();
+    {
+        let lab = Lab::new(version.short(), version, vec![Handler::standard()]);
+        trials.extend(on_each(&lab));
+        match version {
+            Containerd::V1_6 => {}
+            Containerd::V1_7 => {
+                let bad = bad_input::lab(version);
+                trials.extend(bad_input::trials(&bad));
+                labs.push(bad);
+            }
+            Containerd::V2_1 => {
+                trials.extend(death::further_trials(&lab));
+                trials.extend(many::trials(&lab));
+            }
+        }
+        labs.push(lab);
+    }
 
     let conclusion = libtest_mimic::run(&arguments, trials);
     for lab in labs {
         lab.tidy()?;
     }
     Ok(conclusion.exit_code())
+}
+
+/// What has to work on every containerd. All but a few use one pod that they share.
+fn on_each(lab: &Arc<Lab>) -> Vec<Trial> {
+    [
+        testbed::trials,
+        machine::trials,
+        container::trials,
+        exec::trials,
+        network::trials,
+        events::trials,
+        death::trials,
+    ]
+    .into_iter()
+    .flat_map(|trials| trials(lab))
+    .collect()
 }
 
 /// Takes `--containerd VERSION` out of the arguments and leaves the rest to the harness.

@@ -16,7 +16,11 @@ use libtest_mimic::Trial;
 use crate::lab::{Alone, Lab, OwnPod, eventually};
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
-    vec![lab.trial_alone("the test bed runs a pod with runc and leaves nothing", |lab| pod_with_runc(lab))]
+    vec![
+        lab.trial_alone("the test bed runs a pod with runc and leaves nothing", |lab| {
+            pod_with_runc(lab)
+        }),
+    ]
 }
 
 fn pod_with_runc(lab: &mut Alone<'_>) -> Result<()> {
@@ -39,9 +43,14 @@ fn one_pod(lab: &Alone<'_>) -> Result<()> {
 
     let exit = lab.cri.wait_exited(&talks_id, bound)?;
     ensure!(exit.exit_code == 3, "exit code {} instead of 3", exit.exit_code);
-    wait_for_log(&talks.log(&own.pod), bound, |line| line.stream == "stderr" && line.text == "err")?;
+    wait_for_log(&talks.log(&own.pod), bound, |line| {
+        line.stream == "stderr" && line.text == "err"
+    })?;
     let said = lab.cri.exec(&web_id, &["sh", "-c", "echo $((6 * 7)); exit 5"])?;
-    ensure!((said.stdout.as_str(), said.exit_code) == ("42\n", 5), "the exec said {said:?}");
+    ensure!(
+        (said.stdout.as_str(), said.exit_code) == ("42\n", 5),
+        "the exec said {said:?}"
+    );
 
     let url = lab.cri.exec_url(&web_id, &["sh"], true)?;
     let mut session = Session::open(&lab.node, &url)?;
@@ -53,7 +62,11 @@ fn one_pod(lab: &Alone<'_>) -> Result<()> {
     let address: IpAddr = lab.cri.pod_address(&own.id)?.parse()?;
     let loopback = IpAddr::from([127, 0, 0, 1]);
     let gateway = IpAddr::from([10, 88, 0, 1]);
-    for address in [SocketAddr::new(address, 8080), SocketAddr::new(loopback, 17080), SocketAddr::new(gateway, 17080)] {
+    for address in [
+        SocketAddr::new(address, 8080),
+        SocketAddr::new(loopback, 17080),
+        SocketAddr::new(gateway, 17080),
+    ] {
         let page = eventually(bound, || http::get(&lab.node, address))?;
         ensure!(page == WEB_PAGE, "{address} answered {page:?}");
     }

@@ -81,7 +81,10 @@ pub fn tool(name: &str) -> Result<PathBuf> {
 
 /// The folder with `containerd`, `ctr` and the runc shim of one version.
 pub fn containerd(version: Containerd) -> Result<PathBuf> {
-    present(cache().join("containerd").join(version.version()).join("usr/bin"), "setup")
+    present(
+        cache().join("containerd").join(version.version()).join("usr/bin"),
+        "setup",
+    )
 }
 
 pub fn runc() -> Result<PathBuf> {
@@ -107,6 +110,10 @@ fn release() -> PathBuf {
 }
 
 fn present(path: PathBuf, verb: &str) -> Result<PathBuf> {
-    ensure!(path.exists(), "{} is not there; 'sudo ./devtool {verb}' makes it", path.display());
+    ensure!(
+        path.exists(),
+        "{} is not there; 'sudo ./devtool {verb}' makes it",
+        path.display()
+    );
     Ok(path)
 }

@@ -46,16 +46,26 @@ pub struct Said {
 impl Cri {
     pub fn connect(node: &Node) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let channel = runtime.block_on(containerd_client::connect(node.place().socket())).context("connecting to containerd")?;
-        Ok(Self { runtime, client: RuntimeServiceClient::new(channel) })
+        let channel = runtime
+            .block_on(containerd_client::connect(node.place().socket()))
+            .context("connecting to containerd")?;
+        Ok(Self {
+            runtime,
+            client: RuntimeServiceClient::new(channel),
+        })
     }
 
     /// Runs a sandbox and answers its id.
     pub fn run_pod(&self, pod: &Pod, handler: &str) -> Result<String> {
         fs::create_dir_all(pod.log_directory()).context("making the pod's folder of logs")?;
-        let request = RunPodSandboxRequest { config: Some(pod.config.clone()), runtime_handler: handler.to_owned() };
+        let request = RunPodSandboxRequest {
+            config: Some(pod.config.clone()),
+            runtime_handler: handler.to_owned(),
+        };
         let mut client = self.client.clone();
-        Ok(self.call("runp", BOOT_BOUND, client.run_pod_sandbox(request))?.pod_sandbox_id)
+        Ok(self
+            .call("runp", BOOT_BOUND, client.run_pod_sandbox(request))?
+            .pod_sandbox_id)
     }
 
     pub fn create(&self, sandbox: &str, container: &Container, pod: &Pod) -> Result<String> {
@@ -65,13 +75,18 @@ impl Cri {
             sandbox_config: Some(pod.config.clone()),
         };
         let mut client = self.client.clone();
-        Ok(self.call("create", CALL_BOUND, client.create_container(request))?.container_id)
+        Ok(self
+            .call("create", CALL_BOUND, client.create_container(request))?
+            .container_id)
     }
 
     pub fn start(&self, container: &str) -> Result<()> {
-        let request = StartContainerRequest { container_id: container.to_owned() };
+        let request = StartContainerRequest {
+            container_id: container.to_owned(),
+        };
         let mut client = self.client.clone();
-        self.call("start", CALL_BOUND, client.start_container(request)).map(drop)
+        self.call("start", CALL_BOUND, client.start_container(request))
+            .map(drop)
     }
 
     /// Creates and starts.
@@ -88,31 +103,45 @@ impl Cri {
             timeout: i64::try_from(grace.as_secs())?,
         };
         let mut client = self.client.clone();
-        self.call("stop", CALL_BOUND + grace, client.stop_container(request)).map(drop)
+        self.call("stop", CALL_BOUND + grace, client.stop_container(request))
+            .map(drop)
     }
 
     pub fn remove(&self, container: &str) -> Result<()> {
-        let request = RemoveContainerRequest { container_id: container.to_owned() };
+        let request = RemoveContainerRequest {
+            container_id: container.to_owned(),
+        };
         let mut client = self.client.clone();
         self.call("rm", CALL_BOUND, client.remove_container(request)).map(drop)
     }
 
     pub fn stop_pod(&self, sandbox: &str) -> Result<()> {
-        let request = StopPodSandboxRequest { pod_sandbox_id: sandbox.to_owned() };
+        let request = StopPodSandboxRequest {
+            pod_sandbox_id: sandbox.to_owned(),
+        };
         let mut client = self.client.clone();
-        self.call("stopp", CALL_BOUND, client.stop_pod_sandbox(request)).map(drop)
+        self.call("stopp", CALL_BOUND, client.stop_pod_sandbox(request))
+            .map(drop)
     }
 
     pub fn remove_pod(&self, sandbox: &str) -> Result<()> {
-        let request = RemovePodSandboxRequest { pod_sandbox_id: sandbox.to_owned() };
+        let request = RemovePodSandboxRequest {
+            pod_sandbox_id: sandbox.to_owned(),
+        };
         let mut client = self.client.clone();
-        self.call("rmp", CALL_BOUND, client.remove_pod_sandbox(request)).map(drop)
+        self.call("rmp", CALL_BOUND, client.remove_pod_sandbox(request))
+            .map(drop)
     }
 
     pub fn pod_status(&self, sandbox: &str) -> Result<PodSandboxStatus> {
-        let request = PodSandboxStatusRequest { pod_sandbox_id: sandbox.to_owned(), verbose: false };
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: sandbox.to_owned(),
+            verbose: false,
+        };
         let mut client = self.client.clone();
-        self.call("inspectp", CALL_BOUND, client.pod_sandbox_status(request))?.status.context("inspectp: no status")
+        self.call("inspectp", CALL_BOUND, client.pod_sandbox_status(request))?
+            .status
+            .context("inspectp: no status")
     }
 
     /// The pod's address in the node's network.
@@ -122,15 +151,24 @@ impl Cri {
     }
 
     pub fn status(&self, container: &str) -> Result<ContainerStatus> {
-        let request = ContainerStatusRequest { container_id: container.to_owned(), verbose: false };
+        let request = ContainerStatusRequest {
+            container_id: container.to_owned(),
+            verbose: false,
+        };
         let mut client = self.client.clone();
-        self.call("inspect", CALL_BOUND, client.container_status(request))?.status.context("inspect: no status")
+        self.call("inspect", CALL_BOUND, client.container_status(request))?
+            .status
+            .context("inspect: no status")
     }
 
     pub fn stats(&self, container: &str) -> Result<ContainerStats> {
-        let request = ContainerStatsRequest { container_id: container.to_owned() };
+        let request = ContainerStatsRequest {
+            container_id: container.to_owned(),
+        };
         let mut client = self.client.clone();
-        self.call("stats", CALL_BOUND, client.container_stats(request))?.stats.context("stats: none")
+        self.call("stats", CALL_BOUND, client.container_stats(request))?
+            .stats
+            .context("stats: none")
     }
 
     /// Whether the runtime and its network are ready, as `crictl info` shows them.
@@ -142,15 +180,27 @@ impl Cri {
     }
 
     pub fn exec(&self, container: &str, command: &[&str]) -> Result<Said> {
+        self.exec_within(container, command, CALL_BOUND)
+    }
+
+    /// An exec that containerd ends, with an error, when it takes longer (whole seconds).
+    pub fn exec_within(&self, container: &str, command: &[&str], limit: Duration) -> Result<Said> {
         let request = ExecSyncRequest {
             container_id: container.to_owned(),
             cmd: command.iter().map(|&word| word.to_owned()).collect(),
-            timeout: i64::try_from(CALL_BOUND.as_secs())?,
+            timeout: i64::try_from(limit.as_secs())?,
         };
         let mut client = self.client.clone();
-        let ExecSyncResponse { stdout, stderr, exit_code } =
-            self.call("exec", CALL_BOUND + Duration::from_secs(5), client.exec_sync(request))?;
-        Ok(Said { stdout: text(&stdout), stderr: text(&stderr), exit_code })
+        let ExecSyncResponse {
+            stdout,
+            stderr,
+            exit_code,
+        } = self.call("exec", limit + Duration::from_secs(10), client.exec_sync(request))?;
+        Ok(Said {
+            stdout: text(&stdout),
+            stderr: text(&stderr),
+            exit_code,
+        })
     }
 
     /// The address of an interactive exec, on loopback in the node's network.
@@ -170,15 +220,27 @@ impl Cri {
     /// Ids of all sandboxes.
     pub fn pods(&self) -> Result<Vec<String>> {
         let mut client = self.client.clone();
-        let pods = self.call("pods", CALL_BOUND, client.list_pod_sandbox(ListPodSandboxRequest { filter: None }))?;
+        let pods = self.call(
+            "pods",
+            CALL_BOUND,
+            client.list_pod_sandbox(ListPodSandboxRequest { filter: None }),
+        )?;
         Ok(pods.items.into_iter().map(|pod| pod.id).collect())
     }
 
     /// Ids of all containers.
     pub fn containers(&self) -> Result<Vec<String>> {
         let mut client = self.client.clone();
-        let containers = self.call("ps", CALL_BOUND, client.list_containers(ListContainersRequest { filter: None }))?;
-        Ok(containers.containers.into_iter().map(|container| container.id).collect())
+        let containers = self.call(
+            "ps",
+            CALL_BOUND,
+            client.list_containers(ListContainersRequest { filter: None }),
+        )?;
+        Ok(containers
+            .containers
+            .into_iter()
+            .map(|container| container.id)
+            .collect())
     }
 
     /// Waits until a container has ended.
@@ -190,7 +252,11 @@ impl Cri {
                 return Ok(status);
             }
             if Instant::now() >= deadline {
-                bail!("after {} s the container is still {}", bound.as_secs(), status.state().as_str_name());
+                bail!(
+                    "after {} s the container is still {}",
+                    bound.as_secs(),
+                    status.state().as_str_name()
+                );
             }
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -217,7 +283,9 @@ fn text(bytes: &[u8]) -> String {
 
 /// The message of the RPC error inside an error of [`Cri`].
 pub fn message(error: &anyhow::Error) -> String {
-    error.downcast_ref::<Status>().map_or_else(|| format!("{error:#}"), |status| status.message().to_owned())
+    error
+        .downcast_ref::<Status>()
+        .map_or_else(|| format!("{error:#}"), |status| status.message().to_owned())
 }
 
 /// One line of a container's log, in the kubelet's format: time, stream, tag (F for a full line, P for a part), text.
@@ -238,7 +306,10 @@ pub fn read_log(path: &Path) -> Result<Vec<LogLine>> {
             else {
                 bail!("{}: {line:?} is no line of a container's log", path.display())
             };
-            Ok(LogLine { stream: stream.to_owned(), text: text.to_owned() })
+            Ok(LogLine {
+                stream: stream.to_owned(),
+                text: text.to_owned(),
+            })
         })
         .collect()
 }
@@ -252,7 +323,11 @@ pub fn wait_for_log(path: &Path, bound: Duration, condition: impl Fn(&LogLine) -
             return Ok(line.clone());
         }
         if Instant::now() >= deadline {
-            bail!("no such line in {} within {} s; it has: {lines:?}", path.display(), bound.as_secs());
+            bail!(
+                "no such line in {} within {} s; it has: {lines:?}",
+                path.display(),
+                bound.as_secs()
+            );
         }
         std::thread::sleep(Duration::from_millis(50));
     }

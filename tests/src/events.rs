@@ -4,13 +4,11 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use containerd_client::events::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOom, TaskStart,
-};
+use containerd_client::events::{TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOom, TaskStart};
 use containerd_client::services::v1::SubscribeRequest;
 use containerd_client::services::v1::events_client::EventsClient;
-use prost_types::Any;
 use prost::Message;
+use prost_types::Any;
 
 use crate::node::Node;
 
@@ -70,14 +68,18 @@ impl Events {
                     };
                     // The end of containerd ends the subscription.
                     let Ok(Some(envelope)) = message else { return };
-                    let Some(event) = envelope.event.and_then(|any| decode(&envelope.topic, &any)) else { continue };
+                    let Some(event) = envelope.event.and_then(|any| decode(&envelope.topic, &any)) else {
+                        continue;
+                    };
                     if sender.send(event).is_err() {
                         return;
                     }
                 }
             });
         })?;
-        subscribed.recv_timeout(Duration::from_secs(10)).context("subscribing to events")??;
+        subscribed
+            .recv_timeout(Duration::from_secs(10))
+            .context("subscribing to events")??;
         Ok(Self { received, _stop: stop })
     }
 
@@ -91,7 +93,10 @@ impl Events {
         let deadline = Instant::now() + bound;
         let mut taken = Vec::new();
         loop {
-            match self.received.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match self
+                .received
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
                 Ok(event) if containers.contains(&event.container_id.as_str()) => {
                     let end = last(&event);
                     taken.push(event);
@@ -101,7 +106,10 @@ impl Events {
                 }
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout) => {
-                    bail!("the event did not come within {} s; those that came: {taken:?}", bound.as_secs())
+                    bail!(
+                        "the event did not come within {} s; those that came: {taken:?}",
+                        bound.as_secs()
+                    )
                 }
                 Err(RecvTimeoutError::Disconnected) => bail!("the subscription ended; events that came: {taken:?}"),
             }
@@ -117,17 +125,25 @@ fn decode(topic: &str, any: &Any) -> Option<Event> {
         "start" => TaskStart::decode(bytes).map(|event| (event.container_id, String::new(), event.pid, 0)),
         // The id of a container's own process is the container's.
         "exit" => TaskExit::decode(bytes).map(|event| {
-            let exec_id = if event.id == event.container_id { String::new() } else { event.id };
+            let exec_id = if event.id == event.container_id {
+                String::new()
+            } else {
+                event.id
+            };
             (event.container_id, exec_id, event.pid, event.exit_status)
         }),
         "delete" => TaskDelete::decode(bytes).map(|event| (event.container_id, event.id, event.pid, event.exit_status)),
         "exec-added" => TaskExecAdded::decode(bytes).map(|event| (event.container_id, event.exec_id, 0, 0)),
-        "exec-started" => {
-            TaskExecStarted::decode(bytes).map(|event| (event.container_id, event.exec_id, event.pid, 0))
-        }
+        "exec-started" => TaskExecStarted::decode(bytes).map(|event| (event.container_id, event.exec_id, event.pid, 0)),
         "oom" => TaskOom::decode(bytes).map(|event| (event.container_id, String::new(), 0, 0)),
         _ => return None,
     }
     .ok()?;
-    Some(Event { kind: kind.to_owned(), container_id, exec_id, pid, exit_status })
+    Some(Event {
+        kind: kind.to_owned(),
+        container_id,
+        exec_id,
+        pid,
+        exit_status,
+    })
 }

@@ -10,7 +10,8 @@ use crate::node::Node;
 
 /// Gets `/` of an address in the node's network and answers the body.
 pub fn get(node: &Node, address: SocketAddr) -> Result<String> {
-    node.in_network(|| request(address))?.with_context(|| format!("asking http://{address}/"))
+    node.in_network(|| request(address))?
+        .with_context(|| format!("asking http://{address}/"))
 }
 
 fn request(address: SocketAddr) -> Result<String> {

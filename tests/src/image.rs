@@ -25,8 +25,11 @@ pub const WEB: &str = "localhost/web:1";
 pub const WEB_PAGE: &str = "it works: this page comes from inside the pod\n";
 
 /// Libraries of Debian's busybox, and the loader at the place its ELF header names.
-const LIBRARIES: [&str; 3] =
-    ["lib/x86_64-linux-gnu/libc.so.6", "lib/x86_64-linux-gnu/libresolv.so.2", "lib64/ld-linux-x86-64.so.2"];
+const LIBRARIES: [&str; 3] = [
+    "lib/x86_64-linux-gnu/libc.so.6",
+    "lib/x86_64-linux-gnu/libresolv.so.2",
+    "lib64/ld-linux-x86-64.so.2",
+];
 
 /// Writes all test images into one archive.
 pub fn write_archive(path: &Path) -> Result<()> {
@@ -35,13 +38,18 @@ pub fn write_archive(path: &Path) -> Result<()> {
     let images = [
         (PAUSE, json!({ "Cmd": ["/bin/sleep", "2147483647"] })),
         (BUSYBOX, json!({ "Cmd": ["sh"] })),
-        (WEB, json!({ "Cmd": ["httpd", "-f", "-v", "-p", "8080", "-h", "/www"], "ExposedPorts": { "8080/tcp": {} } })),
+        (
+            WEB,
+            json!({ "Cmd": ["httpd", "-f", "-v", "-p", "8080", "-h", "/www"], "ExposedPorts": { "8080/tcp": {} } }),
+        ),
     ];
     for (name, config) in images {
         layout.add_image(name, config, &layer)?;
     }
     let file = File::create(path).with_context(|| format!("making {}", path.display()))?;
-    layout.write(file).with_context(|| format!("writing {}", path.display()))
+    layout
+        .write(file)
+        .with_context(|| format!("writing {}", path.display()))
 }
 
 /// A blob that is part of the layout.
@@ -59,10 +67,16 @@ struct Layout {
 
 impl Layout {
     fn add(&mut self, blob: Vec<u8>) -> Descriptor {
-        let hash = Sha256::digest(&blob).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let hash = Sha256::digest(&blob)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect::<String>();
         let size = blob.len();
         self.blobs.insert(hash.clone(), blob);
-        Descriptor { digest: format!("sha256:{hash}"), size }
+        Descriptor {
+            digest: format!("sha256:{hash}"),
+            size,
+        }
     }
 
     fn add_image(&mut self, name: &str, mut config: Value, layer: &Descriptor) -> Result<()> {
@@ -110,9 +124,25 @@ fn descriptor(media_type: &str, blob: &Descriptor) -> Value {
 fn busybox_layer() -> Result<Vec<u8>> {
     let root = artifacts::busybox_root()?;
     let mut layer = Archive::new(Vec::new());
-    for folder in ["bin", "dev", "etc", "home", "lib", "lib64", "lib/x86_64-linux-gnu", "proc", "root", "run", "sys", "usr",
-        "usr/bin", "usr/sbin", "sbin", "var", "www"]
-    {
+    for folder in [
+        "bin",
+        "dev",
+        "etc",
+        "home",
+        "lib",
+        "lib64",
+        "lib/x86_64-linux-gnu",
+        "proc",
+        "root",
+        "run",
+        "sys",
+        "usr",
+        "usr/bin",
+        "usr/sbin",
+        "sbin",
+        "var",
+        "www",
+    ] {
         layer.folder(folder, 0o755)?;
     }
     layer.folder("tmp", 0o1777)?;
@@ -123,7 +153,11 @@ fn busybox_layer() -> Result<Vec<u8>> {
     for applet in applets(&root)? {
         layer.hard_link(&applet, "bin/busybox")?;
     }
-    layer.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www:/www:/bin/sh\n")?;
+    layer.file(
+        "etc/passwd",
+        0o644,
+        b"root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www:/www:/bin/sh\n",
+    )?;
     layer.file("etc/group", 0o644, b"root:x:0:\nwww-data:x:33:\n")?;
     layer.file("www/index.html", 0o644, WEB_PAGE.as_bytes())?;
     layer.finish_into()
@@ -138,9 +172,17 @@ fn applets(root: &Path) -> Result<Vec<String>> {
         .arg("--list-full")
         .output()
         .context("running busybox")?;
-    ensure!(output.status.success(), "busybox --list-full: {}", String::from_utf8_lossy(&output.stderr));
+    ensure!(
+        output.status.success(),
+        "busybox --list-full: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     let applets = String::from_utf8(output.stdout).context("busybox --list-full")?;
-    Ok(applets.lines().filter(|path| *path != "bin/busybox").map(str::to_owned).collect())
+    Ok(applets
+        .lines()
+        .filter(|path| *path != "bin/busybox")
+        .map(str::to_owned)
+        .collect())
 }
 
 fn read(path: &PathBuf) -> Result<Vec<u8>> {
@@ -166,12 +208,16 @@ impl<W: std::io::Write> Archive<W> {
     fn entry(&mut self, kind: EntryType, path: &str, mode: u32, content: &[u8]) -> Result<()> {
         let mut header = header(kind, mode);
         header.set_size(content.len() as u64);
-        self.0.append_data(&mut header, path, content).with_context(|| format!("adding {path}"))
+        self.0
+            .append_data(&mut header, path, content)
+            .with_context(|| format!("adding {path}"))
     }
 
     fn hard_link(&mut self, path: &str, target: &str) -> Result<()> {
         let mut header = header(EntryType::Link, 0o755);
-        self.0.append_link(&mut header, path, target).with_context(|| format!("adding {path}"))
+        self.0
+            .append_link(&mut header, path, target)
+            .with_context(|| format!("adding {path}"))
     }
 
     fn finish(self) -> Result<()> {

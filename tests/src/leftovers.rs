@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use nix::unistd::Pid;
 
 use crate::node::Node;
 
@@ -34,7 +35,13 @@ impl Snapshot {
         let place = node.place();
         let runtime = place.root().join("io.containerd.runtime.v2.task");
         let cri = place.root().join("io.containerd.grpc.v1.cri");
-        for folder in [place.run(), place.cni_data(), runtime, cri.join("sandboxes"), cri.join("containers")] {
+        for folder in [
+            place.run(),
+            place.cni_data(),
+            runtime,
+            cri.join("sandboxes"),
+            cri.join("containers"),
+        ] {
             snapshot.files(&folder)?;
         }
         for folder in ["/tmp", "/dev/shm", "/var/tmp"] {
@@ -51,20 +58,10 @@ impl Snapshot {
         self.things.insert(format!("{kind} {what}"));
     }
 
-    /// The processes in the node's PID namespace, but for those of this program that look around in it.
     fn processes(&mut self, node: &Node) -> Result<()> {
-        let namespace = fs::read_link(format!("/proc/{}/ns/pid", node.init())).context("the node's PID namespace")?;
-        for entry in fs::read_dir("/proc")? {
-            let path = entry?.path();
-            // A process may end at any time.
-            let (Ok(of_process), Ok(command)) = (fs::read_link(path.join("ns/pid")), fs::read(path.join("cmdline"))) else {
-                continue;
-            };
-            if of_process == namespace && !command.is_empty() {
-                let command = String::from_utf8_lossy(&command).replace('\0', " ");
-                let pid = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                self.add("process", format_args!("{pid}: {}", command.chars().take(160).collect::<String>()));
-            }
+        for process in processes(node)? {
+            let command: String = process.command.chars().take(160).collect();
+            self.add("process", format_args!("{}: {command}", process.pid));
         }
         Ok(())
     }
@@ -83,10 +80,18 @@ impl Snapshot {
             ("link", "ip", ["-br", "link"].as_slice()),
             ("port translation", "iptables", &["-w", "5", "-t", "nat", "-S"]),
         ] {
-            let output = node.command(program).args(arguments).output().with_context(|| format!("running {program}"))?;
+            let output = node
+                .command(program)
+                .args(arguments)
+                .output()
+                .with_context(|| format!("running {program}"))?;
             for line in String::from_utf8_lossy(&output.stdout).lines() {
                 // Of a link only the name: its state changes with what is plugged in.
-                let line = if kind == "link" { line.split_whitespace().next().unwrap_or_default() } else { line };
+                let line = if kind == "link" {
+                    line.split_whitespace().next().unwrap_or_default()
+                } else {
+                    line
+                };
                 self.add(kind, line);
             }
         }
@@ -96,14 +101,20 @@ impl Snapshot {
     /// Sockets by name without a file, of which each network namespace has its own.
     fn abstract_sockets(&mut self, node: &Node) -> Result<()> {
         let sockets = fs::read_to_string(format!("/proc/{}/net/unix", node.init())).context("the node's sockets")?;
-        for name in sockets.lines().filter_map(|line| line.split_whitespace().nth(7)).filter(|name| name.starts_with('@')) {
+        for name in sockets
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(7))
+            .filter(|name| name.starts_with('@'))
+        {
             self.add("socket", name);
         }
         Ok(())
     }
 
     fn folders(&mut self, kind: &str, folder: &Path) -> Result<()> {
-        let Ok(entries) = fs::read_dir(folder) else { return Ok(()) };
+        let Ok(entries) = fs::read_dir(folder) else {
+            return Ok(());
+        };
         for entry in entries {
             let path = entry?.path();
             if path.is_dir() {
@@ -116,7 +127,9 @@ impl Snapshot {
 
     fn files(&mut self, folder: &Path) -> Result<()> {
         // A folder may vanish while it is read.
-        let Ok(entries) = fs::read_dir(folder) else { return Ok(()) };
+        let Ok(entries) = fs::read_dir(folder) else {
+            return Ok(());
+        };
         for entry in entries {
             let entry = entry?;
             let Ok(kind) = entry.file_type() else { continue };
@@ -131,11 +144,16 @@ impl Snapshot {
 
     /// In folders that everybody uses, files whose names tell that they are a machine's.
     fn temporary(&mut self, folder: &Path) -> Result<()> {
-        let Ok(entries) = fs::read_dir(folder) else { return Ok(()) };
+        let Ok(entries) = fs::read_dir(folder) else {
+            return Ok(());
+        };
         for entry in entries {
             let path = entry?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-            if ["coreos-kvm", "qemu", "virtiofs", "vhost"].iter().any(|word| name.contains(word)) {
+            if ["coreos-kvm", "qemu", "virtiofs", "vhost"]
+                .iter()
+                .any(|word| name.contains(word))
+            {
                 self.add("file", path.display());
             }
         }
@@ -156,6 +174,40 @@ impl fmt::Display for Leftovers {
         }
         Ok(())
     }
+}
+
+/// A process of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Outside of the node.
+    pub pid: Pid,
+    /// The command line.
+    pub command: String,
+}
+
+/// The processes in the node's PID namespace, zombies aside.
+pub fn processes(node: &Node) -> Result<Vec<Process>> {
+    let namespace = fs::read_link(format!("/proc/{}/ns/pid", node.init())).context("the node's PID namespace")?;
+    let mut processes = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let path = entry.path();
+        // A process may end at any time.
+        let (Ok(of_process), Ok(command)) = (fs::read_link(path.join("ns/pid")), fs::read(path.join("cmdline"))) else {
+            continue;
+        };
+        if of_process == namespace && !command.is_empty() {
+            let command = String::from_utf8_lossy(&command).replace('\0', " ");
+            processes.push(Process {
+                pid: Pid::from_raw(pid),
+                command,
+            });
+        }
+    }
+    Ok(processes)
 }
 
 /// Waits until nothing is left that was not there before; what ends on its own gets some time for it.

@@ -22,7 +22,11 @@ impl Pod {
     /// A pod on a node, with the default annotations: none.
     pub fn new(place: &Place, name: &str) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let uid = format!("{}-{}-{name}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let uid = format!(
+            "{}-{}-{name}",
+            std::process::id(),
+            COUNT.fetch_add(1, Ordering::Relaxed)
+        );
         let config = PodSandboxConfig {
             metadata: Some(PodSandboxMetadata {
                 name: name.to_owned(),
@@ -33,7 +37,10 @@ impl Pod {
             hostname: name.to_owned(),
             log_directory: place.base().join("pod-logs").join(&uid).to_string_lossy().into_owned(),
             // Else containerd copies this machine's resolv.conf, which may be a link into the hidden /run.
-            dns_config: Some(DnsConfig { servers: vec!["10.88.0.1".to_owned()], ..DnsConfig::default() }),
+            dns_config: Some(DnsConfig {
+                servers: vec!["10.88.0.1".to_owned()],
+                ..DnsConfig::default()
+            }),
             linux: Some(LinuxPodSandboxConfig {
                 // A kubelet would make and remove one of the pod's own.
                 cgroup_parent: place.cgroup_parent(),
@@ -77,8 +84,14 @@ pub struct Container {
 impl Container {
     pub fn new(name: &str, image: &str) -> Self {
         let config = ContainerConfig {
-            metadata: Some(ContainerMetadata { name: name.to_owned(), attempt: 0 }),
-            image: Some(ImageSpec { image: image.to_owned(), ..ImageSpec::default() }),
+            metadata: Some(ContainerMetadata {
+                name: name.to_owned(),
+                attempt: 0,
+            }),
+            image: Some(ImageSpec {
+                image: image.to_owned(),
+                ..ImageSpec::default()
+            }),
             log_path: format!("{name}.log"),
             linux: Some(LinuxContainerConfig {
                 resources: Some(LinuxContainerResources::default()),
@@ -103,7 +116,10 @@ impl Container {
     }
 
     pub fn env(mut self, key: &str, value: &str) -> Self {
-        self.config.envs.push(KeyValue { key: key.to_owned(), value: value.to_owned() });
+        self.config.envs.push(KeyValue {
+            key: key.to_owned(),
+            value: value.to_owned(),
+        });
         self
     }
 
@@ -125,7 +141,12 @@ impl Container {
 
     /// In bytes.
     pub fn memory_limit(mut self, bytes: i64) -> Self {
-        let resources = self.config.linux.get_or_insert_default().resources.get_or_insert_default();
+        let resources = self
+            .config
+            .linux
+            .get_or_insert_default()
+            .resources
+            .get_or_insert_default();
         resources.memory_limit_in_bytes = bytes;
         self
     }

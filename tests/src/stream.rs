@@ -31,15 +31,30 @@ pub struct Session {
 impl Session {
     /// Connects to the address that [`crate::cri::Cri::exec_url`] answered.
     pub fn open(node: &Node, url: &str) -> Result<Self> {
-        let address = url.strip_prefix("http://").with_context(|| format!("{url} is no http address"))?;
+        let address = url
+            .strip_prefix("http://")
+            .with_context(|| format!("{url} is no http address"))?;
         let host = address.split('/').next().unwrap_or_default().to_owned();
-        let mut request = format!("ws://{address}").into_client_request().context("the exec's address")?;
-        request.headers_mut().insert("Sec-WebSocket-Protocol", HeaderValue::from_static("v4.channel.k8s.io"));
+        let mut request = format!("ws://{address}")
+            .into_client_request()
+            .context("the exec's address")?;
+        request
+            .headers_mut()
+            .insert("Sec-WebSocket-Protocol", HeaderValue::from_static("v4.channel.k8s.io"));
 
-        let stream = node.in_network(|| TcpStream::connect(&host))?.with_context(|| format!("connecting to {host}"))?;
+        let stream = node
+            .in_network(|| TcpStream::connect(&host))?
+            .with_context(|| format!("connecting to {host}"))?;
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-        let (socket, _) = tungstenite::client(request, stream).map_err(|error| anyhow::anyhow!("{error}")).context("opening the exec's streams")?;
-        Ok(Self { socket, stdout: Vec::new(), stderr: Vec::new(), exit_code: None })
+        let (socket, _) = tungstenite::client(request, stream)
+            .map_err(|error| anyhow::anyhow!("{error}"))
+            .context("opening the exec's streams")?;
+        Ok(Self {
+            socket,
+            stdout: Vec::new(),
+            stderr: Vec::new(),
+            exit_code: None,
+        })
     }
 
     pub fn send(&mut self, input: &str) -> Result<()> {
@@ -55,8 +70,13 @@ impl Session {
     pub fn read_until(&mut self, text: &str, bound: Duration) -> Result<()> {
         let deadline = Instant::now() + bound;
         while !String::from_utf8_lossy(&self.stdout).contains(text) {
-            ensure!(self.exit_code.is_none(), "the process ended without {text:?}; it said {:?}", self.said());
-            self.read(deadline).with_context(|| format!("waiting for {text:?}; so far there is {:?}", self.said()))?;
+            ensure!(
+                self.exit_code.is_none(),
+                "the process ended without {text:?}; it said {:?}",
+                self.said()
+            );
+            self.read(deadline)
+                .with_context(|| format!("waiting for {text:?}; so far there is {:?}", self.said()))?;
         }
         Ok(())
     }
@@ -68,7 +88,8 @@ impl Session {
             if let Some(code) = self.exit_code {
                 return Ok(code);
             }
-            self.read(deadline).with_context(|| format!("waiting for the end; so far there is {:?}", self.said()))?;
+            self.read(deadline)
+                .with_context(|| format!("waiting for the end; so far there is {:?}", self.said()))?;
         }
     }
 
@@ -78,7 +99,9 @@ impl Session {
 
     fn message(&mut self, channel: u8, payload: &[u8]) -> Result<()> {
         let message = [&[channel], payload].concat();
-        self.socket.send(Message::Binary(message.into())).context("sending to the process")
+        self.socket
+            .send(Message::Binary(message.into()))
+            .context("sending to the process")
     }
 
     /// Takes one message.

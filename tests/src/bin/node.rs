@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 use kubeception_tests::artifacts::Containerd;
-use kubeception_tests::node::{Handler, Node, init};
+use kubeception_tests::node::{ENDPOINT, Handler, Node, init};
 
 /// Starts and ends private containerd nodes.
 #[derive(Debug, Parser)]
@@ -27,6 +27,8 @@ enum Verb {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// A shell on a running node.
+    Shell { name: String },
     /// Ends all nodes, and removes what killed ones left.
     Clean,
 }
@@ -34,7 +36,12 @@ enum Verb {
 fn main() -> Result<ExitCode> {
     init::become_init_if_asked();
     match Arguments::parse().verb {
-        Verb::Run { containerd, runc_only, command } => run(containerd, runc_only, &command),
+        Verb::Run {
+            containerd,
+            runc_only,
+            command,
+        } => run(containerd, runc_only, &command),
+        Verb::Shell { name } => match Node::shell(&name)? {},
         Verb::Clean => {
             for name in Node::end_all()? {
                 println!("node {name}: ended and removed");
@@ -45,15 +52,22 @@ fn main() -> Result<ExitCode> {
 }
 
 fn run(containerd: Containerd, runc_only: bool, command: &[String]) -> Result<ExitCode> {
-    let handlers = if runc_only { Vec::new() } else { vec![Handler::standard()] };
+    let handlers = if runc_only {
+        Vec::new()
+    } else {
+        vec![Handler::standard()]
+    };
     let node = Node::start("run", containerd, &handlers)?;
     let (program, arguments) = command.split_first().context("no command")?;
     let status = node
         .command(program)
         .args(arguments)
-        .env("CONTAINER_RUNTIME_ENDPOINT", "unix:///run/containerd/containerd.sock")
+        .env("CONTAINER_RUNTIME_ENDPOINT", ENDPOINT)
         .stdin(std::process::Stdio::inherit())
         .status()
         .with_context(|| format!("running {program}"))?;
-    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+    Ok(status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .map_or(ExitCode::FAILURE, ExitCode::from))
 }

@@ -23,12 +23,18 @@ pub struct Handler {
 impl Handler {
     /// The handler `coreos-kvm` as an admin installs it, on a machine that may or may not have KVM.
     pub fn standard() -> Self {
-        Self { name: COREOS_KVM.to_owned(), settings: BTreeMap::new() }
+        Self {
+            name: COREOS_KVM.to_owned(),
+            settings: BTreeMap::new(),
+        }
     }
 
     /// A further one, which differs by what [`Self::set`] says.
     pub fn variant(name: &str) -> Self {
-        Self { name: name.to_owned(), ..Self::standard() }
+        Self {
+            name: name.to_owned(),
+            ..Self::standard()
+        }
     }
 
     /// Sets a key of config.toml, to a value as it stands in TOML.
@@ -48,17 +54,24 @@ impl Handler {
             ("guests_dir".to_owned(), text(place.guests())),
             ("agent_disk".to_owned(), text(artifacts::agent_disk()?)),
             ("virtiofsd".to_owned(), text(artifacts::tool("virtiofsd")?)),
-            ("vhost_device_vsock".to_owned(), text(artifacts::tool("vhost-device-vsock")?)),
+            (
+                "vhost_device_vsock".to_owned(),
+                text(artifacts::tool("vhost-device-vsock")?),
+            ),
         ]);
         settings.extend(self.settings.clone());
-        Ok(settings.iter().map(|(key, value)| format!("{key} = {value}\n")).collect())
+        Ok(settings
+            .iter()
+            .map(|(key, value)| format!("{key} = {value}\n"))
+            .collect())
     }
 }
 
 pub(super) fn write(place: &Place, version: Containerd, handlers: &[Handler]) -> Result<()> {
     link_programs(place, version, !handlers.is_empty())?;
     if !handlers.is_empty() {
-        symlink(artifacts::guests()?.join("reference"), place.guests().join("reference")).context("linking the guest")?;
+        symlink(artifacts::guests()?.join("reference"), place.guests().join("reference"))
+            .context("linking the guest")?;
     }
     for handler in handlers {
         write_file(&handler.config_path(place), &handler.config(place)?)?;
@@ -74,14 +87,18 @@ fn write_file(path: &Path, text: &str) -> Result<()> {
 /// containerd finds shims by its PATH.
 fn link_programs(place: &Place, version: Containerd, with_runtime: bool) -> Result<()> {
     let folder = artifacts::containerd(version)?;
-    let mut programs = ["containerd", "ctr", "containerd-shim-runc-v2"].map(|name| folder.join(name)).to_vec();
+    let mut programs = ["containerd", "ctr", "containerd-shim-runc-v2"]
+        .map(|name| folder.join(name))
+        .to_vec();
     programs.push(artifacts::runc()?);
     if with_runtime {
         programs.push(artifacts::program("containerd-shim-coreos-kvm-v2")?);
         programs.push(artifacts::program("coreos-kvm")?);
     }
     for program in programs {
-        let name = program.file_name().with_context(|| format!("{} has no name", program.display()))?;
+        let name = program
+            .file_name()
+            .with_context(|| format!("{} has no name", program.display()))?;
         symlink(&program, place.programs().join(name)).with_context(|| format!("linking {}", program.display()))?;
     }
     Ok(())

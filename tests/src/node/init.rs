@@ -49,7 +49,10 @@ pub fn become_init_if_asked() {
 }
 
 fn run(place: &Place) -> Result<()> {
-    ensure!(getpid() == Pid::from_raw(1), "'{ARGUMENT}' is for a PID namespace of its own");
+    ensure!(
+        getpid() == Pid::from_raw(1),
+        "'{ARGUMENT}' is for a PID namespace of its own"
+    );
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGCHLD);
@@ -66,8 +69,12 @@ fn run(place: &Place) -> Result<()> {
     wait_for_the_end(&signals)?;
 
     // Everything is tried, then the first error is told.
-    let outcomes =
-        [kill_all(), unmount_all(place), remove_files(place), remove_cgroups(place, Duration::from_secs(10))];
+    let outcomes = [
+        kill_all(),
+        unmount_all(place),
+        remove_files(place),
+        remove_cgroups(place, Duration::from_secs(10)),
+    ];
     outcomes.into_iter().collect()
 }
 
@@ -80,7 +87,10 @@ fn lock(place: &Place) -> Result<Flock<fs::File>> {
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(lock),
         Err((_, Errno::EWOULDBLOCK)) => {
-            bail!("a node {} is there already (kept by a demonstration?); 'sudo ./devtool clean' ends it", place.name())
+            bail!(
+                "a node {} is there already (kept by a demonstration?); 'sudo ./devtool demo --end' ends a kept one",
+                place.name()
+            )
         }
         Err((_, errno)) => Err(errno).with_context(|| format!("locking {}", path.display())),
     }
@@ -95,7 +105,10 @@ fn set_up(place: &Place) -> Result<()> {
         fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
     }
     mount(Some(&place.run()), "/run", none, MsFlags::MS_BIND, none).context("mounting /run")?;
-    let status = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status().context("running ip")?;
+    let status = std::process::Command::new("ip")
+        .args(["link", "set", "lo", "up"])
+        .status()
+        .context("running ip")?;
     ensure!(status.success(), "'ip link set lo up' failed: {status}");
     Ok(())
 }
@@ -159,7 +172,10 @@ fn kill_all() -> Result<()> {
             Err(Errno::ESRCH) => {}
             Err(errno) => return Err(errno).context("killing the node's processes"),
         }
-        ensure!(Instant::now() < deadline, "processes of the node outlived SIGKILL for 10 s");
+        ensure!(
+            Instant::now() < deadline,
+            "processes of the node outlived SIGKILL for 10 s"
+        );
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -168,7 +184,12 @@ fn unmount_all(place: &Place) -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("reading the mounts")?;
     let below = |path: &str| path == "/run" || path.starts_with("/run/") || Path::new(path).starts_with(place.base());
     // The last mounted goes first.
-    for path in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)).filter(|path| below(path)) {
+    for path in mounts
+        .lines()
+        .rev()
+        .filter_map(|line| line.split(' ').nth(4))
+        .filter(|path| below(path))
+    {
         // A path with spaces is escaped here; nothing of a node has one.
         match umount2(path, MntFlags::MNT_DETACH) {
             // Gone with the mount it was on.

@@ -28,6 +28,9 @@ mod place;
 pub use config::Handler;
 pub use place::Place;
 
+/// The CRI's endpoint inside a node, as crictl and critest take it.
+pub const ENDPOINT: &str = "unix:///run/containerd/containerd.sock";
+
 /// How long the init of a node may take to get ready or to remove everything.
 const INIT_BOUND: Duration = Duration::from_secs(40);
 /// How long a containerd may take to answer, or to end.
@@ -49,7 +52,13 @@ impl Node {
     pub fn start(name: &str, version: Containerd, handlers: &[Handler]) -> Result<Self> {
         let place = Place::new(name);
         let (unshare, init) = start_init(&place)?;
-        let mut node = Self { place, version, unshare, init, containerd: None };
+        let mut node = Self {
+            place,
+            version,
+            unshare,
+            init,
+            containerd: None,
+        };
         config::write(&node.place, version, handlers)?;
         node.start_containerd()?;
         node.import_images()?;
@@ -76,22 +85,18 @@ impl Node {
 
     /// A command that runs inside the node, with the node's containerd programs first in its PATH.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
-        let mut command = Command::new("nsenter");
-        command
-            .arg(format!("--target={}", self.init))
-            .args(["--pid", "--mount", "--net", "--"])
-            .arg(program)
-            .env("PATH", self.path_variable())
-            .env("CONTAINERD_ADDRESS", "/run/containerd/containerd.sock")
-            .env("CONTAINERD_NAMESPACE", "k8s.io")
-            .stdin(Stdio::null());
-        command
+        enter(&self.place, self.init, program.as_ref())
     }
 
     /// Runs `ctr` and answers its output; an exit other than 0 is an error with what it said.
     pub fn ctr<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Output> {
         let output = self.command("ctr").args(arguments).output().context("running ctr")?;
-        ensure!(output.status.success(), "ctr: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+        ensure!(
+            output.status.success(),
+            "ctr: {}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
         Ok(output)
     }
 
@@ -116,13 +121,40 @@ impl Node {
         self.start_containerd()
     }
 
-    /// Lets the node outlive this process; `Node::end_all` ends it.
+    /// Lets the node outlive this process; [`Node::end`] ends it.
     pub fn keep(mut self) -> Result<()> {
-        let mut stdin = self.unshare.stdin.take().context("the node's init has lost its stdin")?;
-        stdin.write_all(&[init::KEEP]).context("telling the node's init to stay")?;
+        let mut stdin = self
+            .unshare
+            .stdin
+            .take()
+            .context("the node's init has lost its stdin")?;
+        stdin
+            .write_all(&[init::KEEP])
+            .context("telling the node's init to stay")?;
         // Its Drop would end the node.
         std::mem::forget(self);
         Ok(())
+    }
+
+    /// Ends a node of another process, and removes what a killed one left. Answers whether there was one.
+    pub fn end(name: &str) -> Result<bool> {
+        let place = Place::new(name);
+        let there = place.lock().exists();
+        if there {
+            end(&place).with_context(|| format!("ending node {name}"))?;
+        }
+        Ok(there)
+    }
+
+    /// Becomes a shell on a running node.
+    pub fn shell(name: &str) -> Result<std::convert::Infallible> {
+        let place = Place::new(name);
+        let init = running_init(&place).with_context(|| format!("there is no node {name}"))?;
+        let error = enter(&place, init, "bash")
+            .env("CONTAINER_RUNTIME_ENDPOINT", ENDPOINT)
+            .stdin(Stdio::inherit())
+            .exec();
+        Err(error).context("running nsenter")
     }
 
     /// Ends every node on this machine, whoever made it, and removes what killed ones left.
@@ -135,17 +167,17 @@ impl Node {
         Ok(ended)
     }
 
-    fn path_variable(&self) -> String {
-        format!("{}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", self.place.programs().display())
-    }
-
     fn start_containerd(&mut self) -> Result<()> {
         let log_path = self.log();
         fs::create_dir_all(artifacts::logs()).context("making the folder of logs")?;
         let log = File::options().create(true).append(true).open(&log_path);
         let log = log.with_context(|| format!("opening {}", log_path.display()))?;
         let mut command = self.command("containerd");
-        command.arg("--config").arg(self.place.containerd_config()).stdout(log.try_clone()?).stderr(log);
+        command
+            .arg("--config")
+            .arg(self.place.containerd_config())
+            .stdout(log.try_clone()?)
+            .stderr(log);
         // A terminal's interrupt is for whoever made the node, who then ends it in good order.
         command.process_group(0);
         let mut child = command.spawn().context("starting containerd")?;
@@ -155,7 +187,11 @@ impl Node {
             if let Some(status) = child.try_wait().context("waiting for containerd")? {
                 bail!("containerd ended at once ({status}); see {}", log_path.display());
             }
-            ensure!(Instant::now() < deadline, "containerd does not answer; see {}", log_path.display());
+            ensure!(
+                Instant::now() < deadline,
+                "containerd does not answer; see {}",
+                log_path.display()
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
         self.containerd = Some(child);
@@ -167,7 +203,9 @@ impl Node {
     }
 
     fn stop_containerd(&mut self) -> Result<()> {
-        let Some(mut nsenter) = self.containerd.take() else { return Ok(()) };
+        let Some(mut nsenter) = self.containerd.take() else {
+            return Ok(());
+        };
         // nsenter waits for containerd, its only child.
         for pid in children_of(Pid::from_raw(i32::try_from(nsenter.id())?))? {
             kill(pid, Signal::SIGTERM).context("ending containerd")?;
@@ -178,8 +216,13 @@ impl Node {
     fn import_images(&self) -> Result<()> {
         let archive = self.place.base().join("images.tar");
         image::write_archive(&archive)?;
-        self.ctr([OsStr::new("--namespace=k8s.io"), "images".as_ref(), "import".as_ref(), archive.as_os_str()])
-            .context("importing the test images")?;
+        self.ctr([
+            OsStr::new("--namespace=k8s.io"),
+            "images".as_ref(),
+            "import".as_ref(),
+            archive.as_os_str(),
+        ])
+        .context("importing the test images")?;
         fs::remove_file(&archive)?;
         Ok(())
     }
@@ -200,6 +243,24 @@ impl Drop for Node {
     }
 }
 
+/// A command in the namespaces of a node's init.
+fn enter(place: &Place, init: Pid, program: impl AsRef<OsStr>) -> Command {
+    let path = format!(
+        "{}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        place.programs().display()
+    );
+    let mut command = Command::new("nsenter");
+    command
+        .arg(format!("--target={init}"))
+        .args(["--pid", "--mount", "--net", "--"])
+        .arg(program)
+        .env("PATH", path)
+        .env("CONTAINERD_ADDRESS", "/run/containerd/containerd.sock")
+        .env("CONTAINERD_NAMESPACE", "k8s.io")
+        .stdin(Stdio::null());
+    command
+}
+
 fn start_init(place: &Place) -> Result<(Child, Pid)> {
     let program = std::env::current_exe().context("looking up this program")?;
     let mut unshare = Command::new("unshare")
@@ -212,7 +273,9 @@ fn start_init(place: &Place) -> Result<(Child, Pid)> {
         .spawn()
         .context("starting unshare")?;
     let ready = read_ready(&mut unshare);
-    let init = children_of(Pid::from_raw(i32::try_from(unshare.id())?))?.first().copied();
+    let init = children_of(Pid::from_raw(i32::try_from(unshare.id())?))?
+        .first()
+        .copied();
     match (ready, init) {
         (Ok(()), Some(init)) => {
             fs::write(place.lock(), init.to_string()).context("noting the node's init")?;
@@ -222,7 +285,9 @@ fn start_init(place: &Place) -> Result<(Child, Pid)> {
             drop(unshare.stdin.take());
             // Its message is on stderr already; the wait is for order's sake.
             let ended = wait_bounded(&mut unshare, INIT_BOUND);
-            ready.and(ended).and_then(|()| bail!("the init of node {} ended at once", place.name()))
+            ready
+                .and(ended)
+                .and_then(|()| bail!("the init of node {} ended at once", place.name()))
         }
     }
 }
@@ -231,7 +296,9 @@ fn read_ready(unshare: &mut Child) -> Result<()> {
     let stdout = unshare.stdout.take().context("unshare has no stdout")?;
     let mut line = String::new();
     // Bounded: the init either gets ready or ends, its own waits have bounds.
-    BufReader::new(stdout).read_line(&mut line).context("waiting for the node's init")?;
+    BufReader::new(stdout)
+        .read_line(&mut line)
+        .context("waiting for the node's init")?;
     ensure!(line.trim() == init::READY, "the node's namespaces could not be made");
     Ok(())
 }
@@ -240,7 +307,11 @@ fn read_ready(unshare: &mut Child) -> Result<()> {
 fn children_of(pid: Pid) -> Result<Vec<Pid>> {
     let path = format!("/proc/{pid}/task/{pid}/children");
     let children = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-    Ok(children.split_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect())
+    Ok(children
+        .split_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .map(Pid::from_raw)
+        .collect())
 }
 
 fn wait_bounded(child: &mut Child, bound: Duration) -> Result<()> {
@@ -252,7 +323,10 @@ fn wait_bounded(child: &mut Child, bound: Duration) -> Result<()> {
         if Instant::now() >= deadline {
             child.kill().context("killing a process")?;
             child.wait().context("waiting for a killed process")?;
-            bail!("a process had to be killed, it was still there after {} s", bound.as_secs());
+            bail!(
+                "a process had to be killed, it was still there after {} s",
+                bound.as_secs()
+            );
         }
         std::thread::sleep(Duration::from_millis(10));
     }
@@ -265,7 +339,10 @@ fn end(place: &Place) -> Result<()> {
         kill(init, Signal::SIGTERM).context("ending the node's init")?;
         let deadline = Instant::now() + INIT_BOUND;
         while running_init(place) == Some(init) {
-            ensure!(Instant::now() < deadline, "the node's init (process {init}) does not end");
+            ensure!(
+                Instant::now() < deadline,
+                "the node's init (process {init}) does not end"
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
     } else {

@@ -15,12 +15,17 @@ pub struct Place {
 
 impl Place {
     pub fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), base: Path::new(NODES).join(name) }
+        Self {
+            name: name.to_owned(),
+            base: Path::new(NODES).join(name),
+        }
     }
 
     /// The nodes that are there, or of which something is left.
     pub fn all() -> Vec<Self> {
-        let Ok(entries) = fs::read_dir(NODES) else { return Vec::new() };
+        let Ok(entries) = fs::read_dir(NODES) else {
+            return Vec::new();
+        };
         let mut names: Vec<_> = entries
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
             .filter_map(|file| file.strip_suffix(".lock").map(str::to_owned))
@@ -93,7 +98,9 @@ impl Place {
 
     /// The same in each hierarchy of the machine: one with cgroup v2, one a controller with v1.
     pub fn cgroups(&self) -> Vec<PathBuf> {
-        let Ok(mounts) = fs::read_to_string("/proc/self/mountinfo") else { return Vec::new() };
+        let Ok(mounts) = fs::read_to_string("/proc/self/mountinfo") else {
+            return Vec::new();
+        };
         let name = &self.cgroup_parent()[1..];
         mounts
             .lines()
@@ -105,7 +112,13 @@ impl Place {
     pub(super) fn folders(&self) -> Vec<PathBuf> {
         // Some programs expect their folder in /run.
         let run = ["lock", "netns"].map(|folder| self.run().join(folder));
-        let mut folders = vec![self.root(), self.programs(), self.guests(), self.cni_config(), self.cni_data()];
+        let mut folders = vec![
+            self.root(),
+            self.programs(),
+            self.guests(),
+            self.cni_config(),
+            self.cni_data(),
+        ];
         folders.extend(run);
         folders
     }
