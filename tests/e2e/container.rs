@@ -53,7 +53,7 @@ fn log(lab: &Together<'_>) -> Result<()> {
 fn long_log(lab: &Together<'_>) -> Result<()> {
     let lines = 40_000;
     let filler = "x".repeat(44);
-    let script = format!("seq -f '%06.0f {filler}' 1 {lines}");
+    let script = format!("awk 'BEGIN {{ for (i = 1; i <= {lines}; i++) printf \"%06d {filler}\\n\", i }}'");
     let container = lab.running(&Container::script("long-log", &script))?;
     lab.wait_exited(&container.id, Duration::from_secs(60))?;
     wait_for_log(&container.log, BOUND, |line| {

@@ -12,7 +12,7 @@ use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 
-use crate::lab::{Alone, Lab, OwnPod, in_guest};
+use crate::lab::{Alone, Lab, OwnPod, eventually, in_guest};
 
 const BOUND: Duration = Duration::from_secs(30);
 
@@ -147,7 +147,8 @@ fn restart(lab: &mut Alone<'_>) -> Result<()> {
 
     lab.node.restart_containerd()?;
 
-    let after = lab.cri.status(&id)?;
+    // The client's first call finds its connection gone.
+    let after = eventually(BOUND, || lab.cri.status(&id))?;
     ensure!(
         after.state() == ContainerState::ContainerRunning,
         "the container is {}",

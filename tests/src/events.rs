@@ -1,16 +1,21 @@
 //! What containerd publishes about tasks, as `ctr events` shows it.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use containerd_client::events::{TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOom, TaskStart};
-use containerd_client::services::v1::SubscribeRequest;
 use containerd_client::services::v1::events_client::EventsClient;
+use containerd_client::services::v1::{PublishRequest, SubscribeRequest};
+use containerd_client::tonic::Request;
+use containerd_client::with_namespace;
 use prost::Message;
 use prost_types::Any;
 
 use crate::node::Node;
+
+const PROBE: &str = "/kubeception/subscribed";
 
 /// One event about a task.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,7 +42,7 @@ impl Events {
     pub fn subscribe(node: &Node) -> Result<Self> {
         let socket = node.place().socket();
         let (sender, received) = channel();
-        let (stop, mut stopped) = tokio::sync::oneshot::channel::<()>();
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let (ready, subscribed) = channel::<Result<()>>();
         std::thread::Builder::new().name("events".to_owned()).spawn(move || {
             let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -48,32 +53,13 @@ impl Events {
                 }
             };
             runtime.block_on(async {
-                let stream = async {
-                    let mut client = EventsClient::new(containerd_client::connect(socket).await?);
-                    let filters = vec!["namespace==k8s.io,topic~=\"^/tasks/\"".to_owned()];
-                    anyhow::Ok(client.subscribe(SubscribeRequest { filters }).await?.into_inner())
+                let outcome = tokio::select! {
+                    outcome = follow(socket, &ready, &sender) => outcome,
+                    _ = stopped => Ok(()),
                 };
-                let mut stream = match stream.await {
-                    Ok(stream) => stream,
-                    Err(error) => {
-                        let _ = ready.send(Err(error));
-                        return;
-                    }
-                };
-                let _ = ready.send(Ok(()));
-                loop {
-                    let message = tokio::select! {
-                        message = stream.message() => message,
-                        _ = &mut stopped => return,
-                    };
-                    // The end of containerd ends the subscription.
-                    let Ok(Some(envelope)) = message else { return };
-                    let Some(event) = envelope.event.and_then(|any| decode(&envelope.topic, &any)) else {
-                        continue;
-                    };
-                    if sender.send(event).is_err() {
-                        return;
-                    }
+                if let Err(error) = outcome {
+                    // Of an error after that nobody waits any more; the end of containerd is one.
+                    let _ = ready.send(Err(error));
                 }
             });
         })?;
@@ -115,6 +101,48 @@ impl Events {
             }
         }
     }
+}
+
+/// Hands events on until the subscription ends. A subscription is answered only by its first event, so one of our own is
+/// published until it arrives.
+async fn follow(socket: PathBuf, ready: &Sender<Result<()>>, sender: &Sender<Event>) -> Result<()> {
+    let channel = containerd_client::connect(socket).await?;
+    let (mut client, mut publisher) = (EventsClient::new(channel.clone()), EventsClient::new(channel));
+    let filters = vec![
+        "namespace==k8s.io,topic~=\"^/tasks/\"".to_owned(),
+        format!("topic==\"{PROBE}\""),
+    ];
+    let subscribe = client.subscribe(SubscribeRequest { filters });
+    let publish = async {
+        loop {
+            let event = Any {
+                type_url: "types.kubeception/probe".to_owned(),
+                value: Vec::new(),
+            };
+            let request = PublishRequest {
+                topic: PROBE.to_owned(),
+                event: Some(event),
+            };
+            if let Err(status) = publisher.publish(with_namespace!(request, "k8s.io")).await {
+                return status;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let mut stream = tokio::select! {
+        response = subscribe => response?.into_inner(),
+        status = publish => return Err(status).context("publishing an event"),
+    };
+    let _ = ready.send(Ok(()));
+    while let Some(envelope) = stream.message().await? {
+        let Some(event) = envelope.event.and_then(|any| decode(&envelope.topic, &any)) else {
+            continue;
+        };
+        if sender.send(event).is_err() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 fn decode(topic: &str, any: &Any) -> Option<Event> {
