@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use rustix::process::{Pid, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
-use crate::machine::MachineId;
+use crate::{accel::Acceleration, machine::MachineId};
 
 const RECORD: &str = "machine.json";
 /// A record is some hundred bytes; a longer one was not written here.
@@ -148,8 +148,8 @@ pub struct Record {
     #[serde(default)]
     pub helpers: Vec<Helper>,
     pub vsock: Option<VsockAddress>,
-    /// "kvm" or "tcg", and why.
-    pub acceleration: Option<String>,
+    /// How QEMU runs the guest, and why so.
+    pub acceleration: Option<Acceleration>,
     pub acceleration_reason: Option<String>,
     pub vcpus: u32,
     pub memory_mib: u64,
@@ -346,7 +346,7 @@ mod tests {
                 process: ProcessId { pid: 3, start_time: 4 },
             }],
             vsock: Some(VsockAddress::Socket("/run/x".into())),
-            acceleration: Some("tcg".into()),
+            acceleration: Some(Acceleration::Tcg),
             acceleration_reason: Some("it was asked for".into()),
             vcpus: 1,
             memory_mib: 512,

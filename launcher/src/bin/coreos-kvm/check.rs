@@ -1,0 +1,157 @@
+//! `coreos-kvm check`: whether this node can run machines, and how. Every finding is a line; what is missing says how to
+//! mend it.
+
+use std::{
+    fmt::Display,
+    fs::File,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use coreos_kvm_launcher::{
+    accel,
+    config::{self, Config},
+    guest::Guest,
+    program, qemu,
+    state::StateDir,
+};
+
+/// What was found of one thing: how it is, or what is wrong with it and how to mend it.
+type Finding = (&'static str, Result<String, String>);
+
+pub(crate) async fn check(config: &Config, path: Option<&Path>) -> anyhow::Result<ExitCode> {
+    let findings = [
+        ("configuration", Ok(configuration(path))),
+        ("root", root()),
+        ("acceleration", acceleration(config).await),
+        (
+            "qemu",
+            qemu::process::find(&config.qemu).await.map(version).map_err(sentence),
+        ),
+        ("vsock", vsock(config)),
+        (
+            "virtiofsd",
+            program::find("virtiofsd", "virtiofsd", &config.virtiofsd)
+                .map(shown)
+                .map_err(sentence),
+        ),
+        (
+            "guest",
+            Guest::load(&config.guests_dir, &config.guest)
+                .map(guest)
+                .map_err(sentence),
+        ),
+        ("agent disk", agent_disk(config)),
+        ("state", state(config)),
+        ("tun", opened("/dev/net/tun", "the kernel's module `tun` makes it")),
+    ];
+    for (what, finding) in &findings {
+        match finding {
+            Ok(how) => println!("ok     {what}: {how}"),
+            Err(problem) => println!("WRONG  {what}: {problem}"),
+        }
+    }
+    let wrong = findings
+        .iter()
+        .filter(|(_, finding): &&Finding| finding.is_err())
+        .count();
+    if wrong == 0 {
+        println!("This node can run machines.");
+        Ok(ExitCode::SUCCESS)
+    } else {
+        println!(
+            "This node cannot run machines: {wrong} of {} findings are wrong.",
+            findings.len()
+        );
+        Ok(ExitCode::FAILURE)
+    }
+}
+
+/// An error and its causes in one line.
+fn sentence(error: impl std::error::Error + Send + Sync + 'static) -> String {
+    format!("{:#}", anyhow::Error::new(error))
+}
+
+fn shown(path: PathBuf) -> String {
+    path.display().to_string()
+}
+
+fn version((path, version): (PathBuf, impl Display)) -> String {
+    format!("{version}, {}", path.display())
+}
+
+fn guest(guest: Guest) -> String {
+    format!(
+        "{}, Ignition {}, at least {} MiB of memory",
+        guest.name,
+        guest.ignition_versions.join(" "),
+        guest.min_memory_mib
+    )
+}
+
+fn configuration(path: Option<&Path>) -> String {
+    match path {
+        Some(path) => shown(path.to_owned()),
+        None if Path::new(config::DEFAULT_PATH).exists() => config::DEFAULT_PATH.to_owned(),
+        None => format!("the defaults; there is no {}", config::DEFAULT_PATH),
+    }
+}
+
+fn root() -> Result<String, String> {
+    if nix::unistd::geteuid().is_root() {
+        Ok("yes".to_owned())
+    } else {
+        Err("machines are started by root: taps, cgroups and a user of its own for each need that".to_owned())
+    }
+}
+
+async fn acceleration(config: &Config) -> Result<String, String> {
+    let (acceleration, reason) = accel::choose(config.acceleration, &config.state_dir)
+        .await
+        .map_err(sentence)?;
+    Ok(format!("{acceleration}: {reason}"))
+}
+
+fn vsock(config: &Config) -> Result<String, String> {
+    if Path::new("/dev/vhost-vsock").exists() {
+        return opened("/dev/vhost-vsock", "the kernel's module `vhost_vsock` makes it");
+    }
+    let helper =
+        program::find("vhost-device-vsock", "vhost_device_vsock", &config.vhost_device_vsock).map_err(|error| {
+            format!(
+                "there is no /dev/vhost-vsock (kernel module `vhost_vsock`), and {}",
+                sentence(error)
+            )
+        })?;
+    Ok(format!("{}, as there is no /dev/vhost-vsock", helper.display()))
+}
+
+fn agent_disk(config: &Config) -> Result<String, String> {
+    match std::fs::metadata(&config.agent_disk) {
+        Ok(metadata) if metadata.is_file() && metadata.len() > 0 => Ok(shown(config.agent_disk.clone())),
+        Ok(_) => Err(format!(
+            "{} is no image; `devtool build` makes it",
+            config.agent_disk.display()
+        )),
+        Err(error) => Err(format!(
+            "{}: {error}; `devtool build` makes it",
+            config.agent_disk.display()
+        )),
+    }
+}
+
+/// Makes and removes the folder of a machine that nobody has.
+fn state(config: &Config) -> Result<String, String> {
+    let name = format!("check-{}", std::process::id());
+    let id = name.parse().map_err(sentence)?;
+    let state = StateDir::create(&config.state_dir, &id).map_err(sentence)?;
+    state.remove().map_err(sentence)?;
+    Ok(shown(config.state_dir.clone()))
+}
+
+fn opened(path: &'static str, mending: &str) -> Result<String, String> {
+    match File::options().read(true).write(true).open(path) {
+        Ok(_) => Ok(path.to_owned()),
+        Err(error) => Err(format!("{path}: {error}; {mending}")),
+    }
+}
