@@ -7,9 +7,11 @@
 //! - [`cri`] and [`pod`]: the Container Runtime Interface, as a kubelet speaks it; [`stream`]: interactive execs
 //! - [`http`]: a request to a pod
 //! - [`events`]: what containerd publishes
+//! - [`bare`]: QEMU by hand, to measure against
 //! - [`leftovers`]: snapshots of a node, and the difference in words
 
 pub mod artifacts;
+pub mod bare;
 pub mod cri;
 pub mod events;
 pub mod http;

@@ -1,0 +1,317 @@
+//! Measures what a pod costs, as ratios of things measured in the same run, and shows a table.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::Parser;
+use kubeception_tests::artifacts::Containerd;
+use kubeception_tests::bare::Bare;
+use kubeception_tests::cri::{COREOS_KVM, Cri};
+use kubeception_tests::image::BUSYBOX;
+use kubeception_tests::leftovers::{Process, processes};
+use kubeception_tests::node::{Handler, Node, init};
+use kubeception_tests::pod::{Container, Pod};
+use serde_json::{Map, Value, json};
+
+const BOOT_BOUND: Duration = Duration::from_secs(240);
+const MB: f64 = 1_000_000.0;
+
+/// Measures and prints a table.
+#[derive(Debug, Parser)]
+#[command(name = "devtool bench")]
+struct Arguments {
+    /// Writes the figures as one flat JSON object
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// How often each boot is measured
+    #[arg(long, default_value_t = 3)]
+    runs: u32,
+    /// How often each exec is measured
+    #[arg(long, default_value_t = 20)]
+    execs: u32,
+    /// 1.6, 1.7 or 2.1
+    #[arg(long, default_value = "2.1")]
+    containerd: Containerd,
+}
+
+fn main() -> Result<()> {
+    init::become_init_if_asked();
+    let arguments = Arguments::parse();
+    ensure!(
+        arguments.runs > 0 && arguments.execs > 0,
+        "nothing is measured in 0 runs"
+    );
+    let node = Node::start("bench", arguments.containerd, &[Handler::standard()])?;
+    let bench = Bench {
+        cri: Cri::connect(&node)?,
+        node: &node,
+        arguments: &arguments,
+    };
+
+    let mut table = Table::default();
+    bench.boots(&mut table)?;
+    bench.running_pod(&mut table)?;
+    table.print();
+    if let Some(path) = &arguments.json {
+        fs::write(path, format!("{:#}\n", table.json())).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(())
+}
+
+struct Bench<'a> {
+    cri: Cri,
+    node: &'a Node,
+    arguments: &'a Arguments,
+}
+
+impl Bench<'_> {
+    /// A pod's cold start against QEMU by hand, one after the other, so that both see the same machine.
+    fn boots(&self, table: &mut Table) -> Result<()> {
+        let (mut pods, mut bares) = (Samples::default(), Samples::default());
+        let mut bare = None;
+        for run in 1..=self.arguments.runs {
+            eprintln!("cold start {run} of {}", self.arguments.runs);
+            let before = processes(self.node)?;
+            let pod = Pod::new(self.node.place(), "cold");
+            let begun = Instant::now();
+            let id = self.cri.run_pod(&pod, COREOS_KVM)?;
+            pods.add(begun.elapsed().as_secs_f64());
+            if bare.is_none() {
+                let new = new_processes(self.node, &before)?;
+                let qemu = new
+                    .iter()
+                    .find(|process| process.command.contains("qemu-system"))
+                    .context("the pod has no QEMU")?;
+                bare = Some(Bare::like(qemu.pid)?);
+            }
+            self.cri.stop_pod(&id)?;
+            self.cri.remove_pod(&id)?;
+            if let Some(bare) = &bare {
+                bares.add(bare.boot(BOOT_BOUND)?.as_secs_f64());
+            }
+        }
+        table.ratio(
+            "cold_pod_over_bare",
+            "RunPodSandbox to ready, over bare QEMU to the agent",
+            &pods,
+            &bares,
+            1.15,
+        );
+        table.samples("cold_pod_s", "RunPodSandbox to ready", "s", &pods, None);
+        table.samples("cold_bare_s", "bare QEMU to the agent", "s", &bares, None);
+        Ok(())
+    }
+
+    /// What a pod with one idle container takes of the host, and how long an exec takes.
+    fn running_pod(&self, table: &mut Table) -> Result<()> {
+        eprintln!("a running pod");
+        let before = processes(self.node)?;
+        let pod = Pod::new(self.node.place(), "running");
+        let id = self.cri.run_pod(&pod, COREOS_KVM)?;
+        let idle = Container::new("idle", BUSYBOX).command(&["sleep", "2147483647"]);
+        let container = self.cri.run(&id, &idle, &pod)?;
+        self.execs(table, &container)?;
+
+        let mut memory: BTreeMap<&str, f64> = BTreeMap::new();
+        for process in new_processes(self.node, &before)? {
+            let part = [
+                "qemu-system",
+                "containerd-shim-coreos-kvm",
+                "virtiofsd",
+                "vhost-device-vsock",
+            ]
+            .into_iter()
+            .find(|name| process.command.contains(name));
+            *memory.entry(part.unwrap_or("other")).or_default() += pss_mb(&process)?;
+        }
+        let qemu = memory.remove("qemu-system").context("the pod has no QEMU")?;
+        let of = |part: &str| memory.get(part).copied().unwrap_or_default();
+        table.figure(
+            "host_overhead_mb",
+            "host's memory beside QEMU (PSS)",
+            "MB",
+            memory.values().sum(),
+            Some(20.0),
+        );
+        table.figure(
+            "shim_pss_mb",
+            "of it the shim",
+            "MB",
+            of("containerd-shim-coreos-kvm"),
+            Some(10.0),
+        );
+        table.figure("virtiofsd_pss_mb", "of it virtiofsd", "MB", of("virtiofsd"), None);
+        table.figure(
+            "vsock_pss_mb",
+            "of it the vsock device",
+            "MB",
+            of("vhost-device-vsock"),
+            None,
+        );
+        table.figure("qemu_pss_mb", "QEMU, with the guest's memory (PSS)", "MB", qemu, None);
+        table.figure(
+            "agent_rss_mb",
+            "the agent in the guest (RSS)",
+            "MB",
+            self.agent_rss_mb(&id)?,
+            Some(8.0),
+        );
+        self.cri.stop_pod(&id)?;
+        self.cri.remove_pod(&id)
+    }
+
+    fn execs(&self, table: &mut Table, container: &str) -> Result<()> {
+        let (mut execs, mut spawns) = (Samples::default(), Samples::default());
+        for _ in 0..self.arguments.execs {
+            let begun = Instant::now();
+            ensure!(
+                self.cri.exec(container, &["/bin/true"])?.exit_code == 0,
+                "/bin/true failed"
+            );
+            execs.add(begun.elapsed().as_secs_f64() * 1000.0);
+        }
+        // The clock of /proc/uptime has hundredths: many spawns a measurement.
+        let count = 40;
+        let script = format!(
+            "read a x </proc/uptime; i=0; while [ $i -lt {count} ]; do /bin/true; i=$((i + 1)); done; read b x </proc/uptime; echo $a $b"
+        );
+        for _ in 0..5 {
+            let said = self.cri.exec(container, &["sh", "-c", &script])?;
+            let times: Vec<f64> = said
+                .stdout
+                .split_whitespace()
+                .filter_map(|time| time.parse().ok())
+                .collect();
+            let [begun, ended] = times[..] else {
+                anyhow::bail!("the guest's clock said {:?}", said.stdout)
+            };
+            spawns.add((ended - begun) * 1000.0 / f64::from(count));
+        }
+        table.ratio(
+            "exec_over_spawn",
+            "exec of /bin/true by containerd, over its spawn in the guest",
+            &execs,
+            &spawns,
+            3.0,
+        );
+        table.samples("exec_ms", "exec of /bin/true by containerd", "ms", &execs, None);
+        table.samples("spawn_ms", "spawn of /bin/true in the guest", "ms", &spawns, None);
+        Ok(())
+    }
+
+    fn agent_rss_mb(&self, sandbox: &str) -> Result<f64> {
+        // The kernel keeps 15 bytes of a process's name.
+        let script = "for p in /proc/[0-9]*; do read name <$p/comm && [ \"$name\" = coreos-kvm-agen ] && grep VmRSS $p/status; done; true";
+        let config = Handler::standard().config_path(self.node.place());
+        let mut command = self.node.command("coreos-kvm");
+        let output = command
+            .arg("--config")
+            .arg(config)
+            .args(["exec", sandbox, "--", "sh", "-c", script])
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let kilobytes: f64 = said
+            .split_whitespace()
+            .nth(1)
+            .and_then(|word| word.parse().ok())
+            .with_context(|| format!("the guest said {said:?} {}", String::from_utf8_lossy(&output.stderr)))?;
+        Ok(kilobytes * 1024.0 / MB)
+    }
+}
+
+fn new_processes(node: &Node, before: &[Process]) -> Result<Vec<Process>> {
+    Ok(processes(node)?
+        .into_iter()
+        .filter(|process| !before.contains(process))
+        .collect())
+}
+
+/// Proportional set size: shared pages count in part.
+fn pss_mb(process: &Process) -> Result<f64> {
+    let path = format!("/proc/{}/smaps_rollup", process.pid);
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {path} ({})", process.command))?;
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("Pss:"))
+        .with_context(|| format!("{path} has no Pss"))?;
+    let kilobytes: f64 = line.split_whitespace().nth(1).context("no figure")?.parse()?;
+    Ok(kilobytes * 1024.0 / MB)
+}
+
+#[derive(Default)]
+struct Samples(Vec<f64>);
+
+impl Samples {
+    fn add(&mut self, sample: f64) {
+        self.0.push(sample);
+        self.0.sort_by(f64::total_cmp);
+    }
+
+    fn median(&self) -> f64 {
+        let middle = self.0.len() / 2;
+        if self.0.len() % 2 == 1 {
+            self.0[middle]
+        } else {
+            f64::midpoint(self.0[middle - 1], self.0[middle])
+        }
+    }
+
+    fn min(&self) -> f64 {
+        self.0[0]
+    }
+
+    fn max(&self) -> f64 {
+        self.0[self.0.len() - 1]
+    }
+}
+
+#[derive(Default)]
+struct Table {
+    rows: Vec<[String; 5]>,
+    figures: Map<String, Value>,
+}
+
+impl Table {
+    fn figure(&mut self, key: &str, what: &str, unit: &str, value: f64, limit: Option<f64>) {
+        self.row(key, what, unit, value, String::new(), limit);
+    }
+
+    fn samples(&mut self, key: &str, what: &str, unit: &str, samples: &Samples, limit: Option<f64>) {
+        let range = format!("{:.2} to {:.2}", samples.min(), samples.max());
+        self.row(key, what, unit, samples.median(), range, limit);
+    }
+
+    fn ratio(&mut self, key: &str, what: &str, over: &Samples, under: &Samples, limit: f64) {
+        let range = format!("{:.2} to {:.2}", over.min() / under.max(), over.max() / under.min());
+        self.row(key, what, "", over.median() / under.median(), range, Some(limit));
+    }
+
+    fn row(&mut self, key: &str, what: &str, unit: &str, value: f64, range: String, limit: Option<f64>) {
+        self.figures
+            .insert(key.to_owned(), json!((value * 1000.0).round() / 1000.0));
+        let limit = limit.map(|limit| {
+            let word = if value <= limit { "held" } else { "MISSED" };
+            format!("at most {limit}: {word}")
+        });
+        let value = format!("{value:.2} {unit}");
+        self.rows
+            .push([key.to_owned(), what.to_owned(), value, range, limit.unwrap_or_default()]);
+    }
+
+    fn print(&self) {
+        println!(
+            "{:<20} {:<60} {:>11}  {:<16} goal",
+            "figure", "what", "median", "min to max"
+        );
+        for [key, what, value, range, limit] in &self.rows {
+            println!("{key:<20} {what:<60} {:>11}  {range:<16} {limit}", value.trim_end());
+        }
+    }
+
+    fn json(&self) -> Value {
+        Value::Object(self.figures.clone())
+    }
+}
