@@ -2,7 +2,7 @@
 //!
 //! The way of the data, without turning back:
 //! [`config`] (what the admin allows) and [`guest`] (an operating system on disk) → [`machine`] (the description, checked)
-//! → [`provision`] (the user's Ignition merged with ours) → [`qemu::arguments`] (a pure function) → [`qemu::process`]
+//! → [`provision`] (the user's Ignition merged with ours) → [`qemu::arguments`] (a pure function) → [`process`]
 //! → [`vm`] (one running machine) → [`agent`] (the client of the agent inside).
 //!
 //! Around a machine: [`accel`] decides how QEMU runs the guest's instructions, [`vsock`] and [`virtiofs`] are its ways to
@@ -17,6 +17,7 @@ pub mod console;
 pub mod guest;
 pub mod machine;
 pub mod netdev;
+pub mod process;
 pub mod program;
 pub mod provision;
 pub mod qemu;

@@ -1,5 +1,8 @@
-//! QEMU: its command line ([`arguments`]), its process ([`process`]) and its control socket ([`qmp`]).
+//! QEMU: the program ([`program`]), its command line ([`arguments`]) and its control connection ([`qmp`]).
 
 pub mod arguments;
-pub mod process;
+pub mod program;
 pub mod qmp;
+
+// For the rooms that were built before a process had its own.
+pub use crate::process;

@@ -26,7 +26,7 @@ pub(crate) async fn check(config: &Config, path: Option<&Path>) -> anyhow::Resul
         ("acceleration", acceleration(config).await),
         (
             "qemu",
-            qemu::process::find(&config.qemu).await.map(version).map_err(sentence),
+            qemu::program::find(&config.qemu).await.map(version).map_err(sentence),
         ),
         ("vsock", vsock(config)),
         (

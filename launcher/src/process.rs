@@ -1,18 +1,15 @@
-//! QEMU as a process: found, of a version that will do, started with nothing but what it needs, watched to its end.
+//! A process of a machine, QEMU or a helper: started with nothing but what it needs, behind a wall, watched to its end.
 
 use std::{
-    collections::HashMap,
     ffi::OsString,
     fs::File,
     io,
     os::{
         fd::{AsRawFd, OwnedFd, RawFd},
-        unix::{fs::MetadataExt, process::ExitStatusExt},
+        unix::process::ExitStatusExt,
     },
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
-    sync::{Mutex, PoisonError},
-    time::Duration,
 };
 
 use nix::sys::signal::Signal;
@@ -22,115 +19,22 @@ use tokio::{
     sync::watch,
 };
 
-use crate::{
-    console::Tail,
-    program::{self, ProgramError},
-    state::ProcessId,
-};
+use crate::{console::Tail, state::ProcessId};
 
-/// Oldest QEMU that is known to do what is asked of it: vhost-user-vsock, virtiofs and pvpanic all work in 7.2.
-pub const OLDEST: Version = Version { major: 7, minor: 2 };
-
-/// `--version` is a matter of milliseconds.
-const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
-/// Bytes of QEMU's own messages that are kept for an error message.
+/// Bytes of a process's own messages that are kept for an error message.
 const MESSAGES: usize = 4096;
 
-/// A version of QEMU, as far as it matters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Version {
-    pub major: u32,
-    pub minor: u32,
-}
-
-impl std::fmt::Display for Version {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}.{}", self.major, self.minor)
-    }
-}
-
-/// QEMU could not be started.
+/// A process could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
-    #[error(transparent)]
-    Missing(#[from] ProgramError),
-    #[error("{} does not answer `--version` as QEMU does: {answer:?}", path.display())]
-    NoQemu { path: PathBuf, answer: String },
-    #[error("QEMU {found} ({}) is too old: {OLDEST} or later is needed; install it, or name another as `qemu` in the configuration", path.display())]
-    TooOld { path: PathBuf, found: Version },
     #[error("{} cannot be started", path.display())]
     Start {
         path: PathBuf,
         #[source]
         source: io::Error,
     },
-    #[error("QEMU ended as soon as it was started")]
-    Gone,
-}
-
-/// Finds the QEMU that the configuration names and makes sure that it is not too old.
-///
-/// # Errors
-/// When it is missing, no QEMU, or too old.
-pub async fn find(program: &Path) -> Result<(PathBuf, Version), ProcessError> {
-    let path = program::find("QEMU", "qemu", program)?;
-    let version = version(&path).await?;
-    new_enough(&path, version).map(|()| (path, version))
-}
-
-fn new_enough(path: &Path, found: Version) -> Result<(), ProcessError> {
-    if found < OLDEST {
-        Err(ProcessError::TooOld {
-            path: path.to_owned(),
-            found,
-        })
-    } else {
-        Ok(())
-    }
-}
-
-/// The version of the program at `path`; asked once for each file, told apart by device, inode and time of change.
-async fn version(path: &Path) -> Result<Version, ProcessError> {
-    static KNOWN: Mutex<Option<HashMap<(u64, u64, i64, i64), Version>>> = Mutex::new(None);
-
-    let start = |source| ProcessError::Start {
-        path: path.to_owned(),
-        source,
-    };
-    let file = std::fs::metadata(path).map_err(start)?;
-    let key = (file.dev(), file.ino(), file.mtime(), file.mtime_nsec());
-    // A map of numbers is whole at any time.
-    let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(version) = known().as_ref().and_then(|known| known.get(&key)) {
-        return Ok(*version);
-    }
-    let asked = Command::new(path)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let output = match tokio::time::timeout(VERSION_TIMEOUT, asked).await {
-        Ok(output) => output.map_err(start)?,
-        Err(_) => return Err(start(io::ErrorKind::TimedOut.into())),
-    };
-    let answer = String::from_utf8_lossy(&output.stdout);
-    let version = parse_version(&answer).ok_or_else(|| ProcessError::NoQemu {
-        path: path.to_owned(),
-        answer: answer.chars().take(200).collect(),
-    })?;
-    known().get_or_insert_default().insert(key, version);
-    Ok(version)
-}
-
-/// From `QEMU emulator version 7.2.22 (Debian ...)`.
-fn parse_version(answer: &str) -> Option<Version> {
-    let mut numbers = answer
-        .strip_prefix("QEMU emulator version ")?
-        .split(|c: char| !c.is_ascii_digit());
-    Some(Version {
-        major: numbers.next()?.parse().ok()?,
-        minor: numbers.next()?.parse().ok()?,
-    })
+    #[error("{} ended as soon as it was started", path.display())]
+    Gone { path: PathBuf },
 }
 
 /// The wall around a process.
@@ -146,7 +50,22 @@ pub struct Confinement {
     pub groups: Vec<u32>,
 }
 
-/// A running QEMU. Dropping it kills it.
+impl Confinement {
+    /// The same wall for another process.
+    ///
+    /// # Errors
+    /// When a descriptor cannot be duplicated.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            netns: self.netns.as_ref().map(File::try_clone).transpose()?,
+            cgroups: self.cgroups.iter().map(File::try_clone).collect::<io::Result<_>>()?,
+            uid: self.uid,
+            groups: self.groups.clone(),
+        })
+    }
+}
+
+/// A running process. Dropping it kills it.
 #[derive(Debug)]
 pub struct Process {
     id: ProcessId,
@@ -190,7 +109,9 @@ impl Process {
         if let Some(stderr) = child.stderr.take() {
             tokio::spawn(collect(stderr, messages.clone()));
         }
-        let id = child.id().and_then(ProcessId::of).ok_or(ProcessError::Gone)?;
+        let id = child.id().and_then(ProcessId::of).ok_or_else(|| ProcessError::Gone {
+            path: program.to_owned(),
+        })?;
         let (ended, exit) = watch::channel(None);
         tokio::spawn(reap(child, ended));
         Ok(Self { id, exit, messages })
@@ -224,7 +145,7 @@ impl Process {
 
     fn send_kill(&self) {
         if let Err(error) = self.id.signal(Signal::SIGKILL) {
-            tracing::warn!(%error, pid = self.id.pid, "QEMU cannot be killed");
+            tracing::warn!(%error, pid = self.id.pid, "a process cannot be killed");
         }
     }
 }
@@ -240,7 +161,7 @@ impl Drop for Process {
 /// The one who waits for the process.
 async fn reap(mut child: Child, ended: watch::Sender<Option<ExitStatus>>) {
     let status = child.wait().await.unwrap_or_else(|error| {
-        tracing::warn!(%error, "QEMU's end cannot be waited for");
+        tracing::warn!(%error, "a process's end cannot be waited for");
         ExitStatus::from_raw(Signal::SIGKILL as i32)
     });
     ended.send_replace(Some(status));
@@ -252,7 +173,7 @@ async fn collect(mut stderr: tokio::process::ChildStderr, messages: Tail) {
     while let Ok(count @ 1..) = stderr.read(&mut buffer).await {
         messages.push(&buffer[..count]);
         for line in crate::console::harmless(&String::from_utf8_lossy(&buffer[..count])).lines() {
-            tracing::debug!(line, "QEMU says");
+            tracing::debug!(line, "a process says");
         }
     }
 }
@@ -317,41 +238,13 @@ fn confine(confinement: &Confinement, inherited: &[RawFd], parent: nix::unistd::
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn shell(text: &str, inherited: Vec<OwnedFd>, confinement: Confinement) -> Process {
         let arguments = ["-c".into(), text.into()];
         Process::start(Path::new("/bin/sh"), &arguments, inherited, confinement).unwrap()
-    }
-
-    #[rstest::rstest]
-    #[case("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright", Some((7, 2)))]
-    #[case("QEMU emulator version 10.0.2", Some((10, 0)))]
-    #[case("kvm 1.0", None)]
-    fn a_version_is_read_from_the_first_line(#[case] answer: &str, #[case] expected: Option<(u32, u32)>) {
-        assert_eq!(
-            parse_version(answer).map(|version| (version.major, version.minor)),
-            expected
-        );
-    }
-
-    #[test]
-    fn an_old_qemu_is_refused_with_the_version_that_is_needed() {
-        let path = Path::new("/usr/bin/qemu");
-        let error = new_enough(path, Version { major: 5, minor: 2 })
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.starts_with("QEMU 5.2 (/usr/bin/qemu) is too old: 7.2 or later is needed"),
-            "{error}"
-        );
-        assert!(new_enough(path, Version { major: 10, minor: 0 }).is_ok());
-    }
-
-    #[tokio::test]
-    async fn another_program_is_not_taken_for_qemu() {
-        let error = find(Path::new("/bin/true")).await.unwrap_err();
-        assert!(matches!(error, ProcessError::NoQemu { .. }), "{error}");
     }
 
     #[tokio::test]

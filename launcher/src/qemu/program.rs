@@ -1,0 +1,151 @@
+//! The program QEMU: found, and of a version that will do.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::process::Command;
+
+use crate::program::{self, ProgramError};
+
+/// Oldest QEMU that is known to do what is asked of it.
+pub const OLDEST: Version = Version { major: 7, minor: 2 };
+
+/// `--version` is a matter of milliseconds.
+const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A version of QEMU, as far as it matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    pub major: u32,
+    pub minor: u32,
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// There is no QEMU that will do.
+#[derive(Debug, thiserror::Error)]
+pub enum QemuError {
+    #[error(transparent)]
+    Missing(#[from] ProgramError),
+    #[error("{} cannot be asked for its version", path.display())]
+    Unasked {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{} does not answer `--version` as QEMU does: {answer:?}", path.display())]
+    NoQemu { path: PathBuf, answer: String },
+    #[error("QEMU {found} ({}) is too old: {OLDEST} or later is needed; install it, or name another as `qemu` in the configuration", path.display())]
+    TooOld { path: PathBuf, found: Version },
+}
+
+/// Finds the QEMU that the configuration names and makes sure that it is not too old.
+///
+/// # Errors
+/// When it is missing, no QEMU, or too old.
+pub async fn find(program: &Path) -> Result<(PathBuf, Version), QemuError> {
+    let path = program::find("QEMU", "qemu", program)?;
+    let version = version(&path).await?;
+    new_enough(&path, version).map(|()| (path, version))
+}
+
+fn new_enough(path: &Path, found: Version) -> Result<(), QemuError> {
+    if found < OLDEST {
+        Err(QemuError::TooOld {
+            path: path.to_owned(),
+            found,
+        })
+    } else {
+        Ok(())
+    }
+}
+
+/// The version of the program at `path`; asked once for each file, told apart by device, inode and time of change.
+async fn version(path: &Path) -> Result<Version, QemuError> {
+    static KNOWN: Mutex<Option<HashMap<(u64, u64, i64, i64), Version>>> = Mutex::new(None);
+
+    let unasked = |source| QemuError::Unasked {
+        path: path.to_owned(),
+        source,
+    };
+    let file = std::fs::metadata(path).map_err(unasked)?;
+    let key = (file.dev(), file.ino(), file.mtime(), file.mtime_nsec());
+    // A map of numbers is whole at any time.
+    let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(version) = known().as_ref().and_then(|known| known.get(&key)) {
+        return Ok(*version);
+    }
+    let asked = Command::new(path)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let output = match tokio::time::timeout(VERSION_TIMEOUT, asked).await {
+        Ok(output) => output.map_err(unasked)?,
+        Err(_) => return Err(unasked(io::ErrorKind::TimedOut.into())),
+    };
+    let answer = String::from_utf8_lossy(&output.stdout);
+    let version = parse_version(&answer).ok_or_else(|| QemuError::NoQemu {
+        path: path.to_owned(),
+        answer: answer.chars().take(200).collect(),
+    })?;
+    known().get_or_insert_default().insert(key, version);
+    Ok(version)
+}
+
+/// From `QEMU emulator version 7.2.22 (Debian ...)`.
+fn parse_version(answer: &str) -> Option<Version> {
+    let mut numbers = answer
+        .strip_prefix("QEMU emulator version ")?
+        .split(|c: char| !c.is_ascii_digit());
+    Some(Version {
+        major: numbers.next()?.parse().ok()?,
+        minor: numbers.next()?.parse().ok()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[rstest::rstest]
+    #[case("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright", Some((7, 2)))]
+    #[case("QEMU emulator version 10.0.2", Some((10, 0)))]
+    #[case("kvm 1.0", None)]
+    fn a_version_is_read_from_the_first_line(#[case] answer: &str, #[case] expected: Option<(u32, u32)>) {
+        assert_eq!(
+            parse_version(answer).map(|version| (version.major, version.minor)),
+            expected
+        );
+    }
+
+    #[test]
+    fn an_old_qemu_is_refused_with_the_version_that_is_needed() {
+        let path = Path::new("/usr/bin/qemu");
+        let error = new_enough(path, Version { major: 5, minor: 2 })
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("QEMU 5.2 (/usr/bin/qemu) is too old: 7.2 or later is needed"),
+            "{error}"
+        );
+        assert!(new_enough(path, Version { major: 10, minor: 0 }).is_ok());
+    }
+
+    #[tokio::test]
+    async fn another_program_is_not_taken_for_qemu() {
+        let error = find(Path::new("/bin/true")).await.unwrap_err();
+        assert!(matches!(error, QemuError::NoQemu { .. }), "{error}");
+    }
+}
