@@ -1,0 +1,173 @@
+//! The agent's greeting: the guest dials the host as soon as its agent serves, so that nobody has to ask again and again.
+
+use std::{
+    io,
+    os::{fd::AsRawFd, unix::fs::chown},
+    path::PathBuf,
+};
+
+use coreos_kvm_proto::{GREETING, GREETING_MAX, PROTOCOL, READY_PORT};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt},
+    net::UnixListener,
+};
+
+use super::{VsockError, open_folder};
+use crate::state::VsockAddress;
+
+/// The version that an agent of this build has.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Somebody greeted, but not an agent that this launcher can talk to.
+#[derive(Debug, thiserror::Error)]
+pub enum GreetingError {
+    #[error("waiting for the agent's greeting failed")]
+    Io(#[from] io::Error),
+    #[error("the guest greeted, but not as an agent does")]
+    NoAgent,
+    #[error(
+        "the agent in the guest has version {version} (protocol {protocol}), but version {VERSION} (protocol {PROTOCOL}) is needed: build the agent's disk \
+         anew, or name the right one as `agent_disk` in the configuration"
+    )]
+    Version { protocol: String, version: String },
+}
+
+/// Waits for one guest's greeting. Made before the guest starts, dropped when it has greeted.
+#[derive(Debug)]
+pub struct ReadyListener(Listener);
+
+#[derive(Debug)]
+enum Listener {
+    Unix {
+        listener: UnixListener,
+        path: PathBuf,
+    },
+    Vsock {
+        listener: tokio_vsock::VsockListener,
+        cid: u32,
+    },
+}
+
+impl ReadyListener {
+    /// Listens for the guest of that vsock address; `uid` is the user of the device's process, who has to reach the socket.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub fn bind(address: &VsockAddress, uid: Option<u32>) -> Result<Self, VsockError> {
+        match address {
+            VsockAddress::Cid(cid) => {
+                // Ports of the host are shared by all guests of the node, so each machine has one of its own.
+                let any = tokio_vsock::VsockAddr::new(tokio_vsock::VMADDR_CID_ANY, libc::VMADDR_PORT_ANY);
+                let listener =
+                    tokio_vsock::VsockListener::bind(any).map_err(VsockError::io("listening", "vsock".as_ref()))?;
+                Ok(Self(Listener::Vsock { listener, cid: *cid }))
+            }
+            VsockAddress::Socket(socket) => {
+                let mut path = socket.clone().into_os_string();
+                path.push(format!("_{READY_PORT}"));
+                let path = PathBuf::from(path);
+                let error = |what| VsockError::io(what, &path);
+                let (folder, name) = open_folder(&path).map_err(error("opening the folder of"))?;
+                let listener = UnixListener::bind(format!("/proc/self/fd/{}/{name}", folder.as_raw_fd()))
+                    .map_err(error("listening at"))?;
+                if uid.is_some() {
+                    chown(&path, uid, uid).map_err(error("giving away"))?;
+                }
+                Ok(Self(Listener::Unix { listener, path }))
+            }
+        }
+    }
+
+    /// The vsock port of the host that the agent has to dial.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn port(&self) -> io::Result<u32> {
+        match &self.0 {
+            Listener::Unix { .. } => Ok(READY_PORT),
+            Listener::Vsock { listener, .. } => Ok(listener.local_addr()?.port()),
+        }
+    }
+
+    /// Waits until the agent has greeted. Unbounded: the caller has the machine's boot time-out.
+    ///
+    /// # Errors
+    /// When something greets that is no agent of this version.
+    pub async fn greeted(&self) -> Result<(), GreetingError> {
+        match &self.0 {
+            Listener::Unix { listener, .. } => check(listener.accept().await?.0).await,
+            Listener::Vsock { listener, cid } => loop {
+                let (stream, peer) = listener.accept().await?;
+                // Any guest of the node can dial this port; only ours counts.
+                if peer.cid() == *cid {
+                    return check(stream).await;
+                }
+            },
+        }
+    }
+}
+
+impl Drop for ReadyListener {
+    fn drop(&mut self) {
+        if let Listener::Unix { path, .. } = &self.0 {
+            // Gone with the machine's folder at the latest.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Reads one line of at most [`GREETING_MAX`] bytes and compares what it says with what is needed.
+async fn check(stream: impl AsyncRead + Unpin) -> Result<(), GreetingError> {
+    let mut line = Vec::with_capacity(GREETING_MAX);
+    let mut stream = stream.take(u64::try_from(GREETING_MAX).unwrap_or(u64::MAX));
+    while !line.ends_with(b"\n") {
+        match stream.read_u8().await {
+            Ok(byte) => line.push(byte),
+            Err(_) => return Err(GreetingError::NoAgent),
+        }
+    }
+    let line = String::from_utf8(line).map_err(|_| GreetingError::NoAgent)?;
+    let printable = line.trim_end().chars().all(|c| c.is_ascii_graphic() || c == ' ');
+    match line.split_ascii_whitespace().collect::<Vec<_>>()[..] {
+        [GREETING, protocol, version] if printable => {
+            if protocol == PROTOCOL.to_string() && version == VERSION {
+                Ok(())
+            } else {
+                Err(GreetingError::Version {
+                    protocol: protocol.to_owned(),
+                    version: version.to_owned(),
+                })
+            }
+        }
+        _ => Err(GreetingError::NoAgent),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_agent_of_this_version_is_greeted() {
+        check(format!("{GREETING} {PROTOCOL} {VERSION}\n").as_bytes())
+            .await
+            .unwrap();
+    }
+
+    #[rstest::rstest]
+    #[case("coreos-kvm-agent 1 9.9.9\n", "version 9.9.9 (protocol 1)")]
+    #[case("coreos-kvm-agent 77 0.1.0\n", "protocol 77")]
+    #[case("coreos-kvm-agent 1\n", "not as an agent")]
+    #[case("coreos-kvm-agent 1 \u{1b}[2J\n", "not as an agent")]
+    #[case("coreos-kvm-agent 1 0.1.0", "not as an agent")]
+    #[tokio::test]
+    async fn anything_else_is_refused_and_said(#[case] line: &str, #[case] expected: &str) {
+        let error = check(line.as_bytes()).await.unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_greeting_without_end_is_refused() {
+        assert!(check(tokio::io::repeat(b'x')).await.is_err());
+    }
+}
