@@ -75,6 +75,8 @@ pub enum GuestError {
         path.display()
     )]
     Size { path: PathBuf, found: u64, recorded: u64 },
+    #[error("the guest's file {} is not readable by everybody, as QEMU, which runs unprivileged, needs it: `chmod o+r` mends that", path.display())]
+    Mode { path: PathBuf },
 }
 
 fn installed(others: &[String]) -> String {
@@ -184,13 +186,16 @@ impl Guest {
 }
 
 fn complete(path: PathBuf, recorded: u64) -> Result<PathBuf, GuestError> {
+    use std::os::unix::fs::MetadataExt;
+
     match std::fs::metadata(&path) {
-        Ok(metadata) if metadata.len() == recorded => Ok(path),
-        Ok(metadata) => Err(GuestError::Size {
+        Ok(metadata) if metadata.len() != recorded => Err(GuestError::Size {
             path,
             found: metadata.len(),
             recorded,
         }),
+        Ok(metadata) if metadata.mode() & 0o004 == 0 => Err(GuestError::Mode { path }),
+        Ok(_) => Ok(path),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(GuestError::FileMissing { path }),
         Err(source) => Err(GuestError::Unreadable { path, source }),
     }
@@ -266,6 +271,17 @@ sha256 = "00"
             error.contains("it has 1 bytes where guest.toml says 5; `devtool image`"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_file_that_an_unprivileged_qemu_cannot_read_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let guests = guests();
+        let kernel = guests.path().join("small/vmlinuz");
+        std::fs::set_permissions(&kernel, std::fs::Permissions::from_mode(0o640)).unwrap();
+        let error = Guest::load(guests.path(), "small").unwrap_err().to_string();
+        assert!(error.contains("small/vmlinuz is not readable by everybody"), "{error}");
     }
 
     #[test]

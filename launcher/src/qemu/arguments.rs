@@ -6,7 +6,7 @@
 
 use std::{ffi::OsString, os::fd::RawFd};
 
-use coreos_kvm_proto::{AGENT_DISK_SERIAL, READY_PORT, READY_PORT_ARGUMENT, SHARED_TAG};
+use coreos_kvm_proto::{AGENT_DISK_SERIAL, READY_PORT_ARGUMENT, SHARED_TAG};
 
 use crate::{accel::Acceleration, machine::Machine};
 
@@ -17,7 +17,7 @@ const TCG_CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt";
 /// MiB of translated code that TCG keeps. The default of QEMU (a quarter of the guest's memory and more) costs some 280 MB.
 const TCG_TRANSLATION_MIB: u32 = 64;
 
-/// The open descriptors of one QEMU, by the numbers that they have in its process.
+/// What is one QEMU's own: its open descriptors, by the numbers that they have in its process, and its port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Descriptors {
     pub kernel: RawFd,
@@ -33,6 +33,8 @@ pub struct Descriptors {
     /// Connection to virtiofsd.
     pub shared: RawFd,
     pub taps: Vec<Tap>,
+    /// Port of the host's vsock at which the agent's greeting is waited for.
+    pub ready_port: u32,
 }
 
 /// What stands behind the guest's vsock device.
@@ -123,7 +125,7 @@ fn platform(line: &mut Line, machine: &Machine, acceleration: Acceleration) {
 fn boot(line: &mut Line, machine: &Machine, descriptors: &Descriptors) {
     line.add("kernel", own_file(descriptors.kernel));
     line.add("initrd", own_file(descriptors.initramfs));
-    line.add("append", kernel_arguments(machine));
+    line.add("append", kernel_arguments(machine, descriptors.ready_port));
     line.add(
         "fw_cfg",
         format!(
@@ -135,8 +137,8 @@ fn boot(line: &mut Line, machine: &Machine, descriptors: &Descriptors) {
 }
 
 /// The guest's own arguments, the launcher's, then the machine's, which thereby have the last word.
-fn kernel_arguments(machine: &Machine) -> String {
-    let ready = format!("{READY_PORT_ARGUMENT}={READY_PORT}");
+fn kernel_arguments(machine: &Machine, ready_port: u32) -> String {
+    let ready = format!("{READY_PORT_ARGUMENT}={ready_port}");
     // With -no-reboot a panic thus ends QEMU at once, rather than leave a dead machine that looks alive.
     let ours = ["panic=-1", ready.as_str()];
     let guest = machine.guest.kernel_args.iter().map(String::as_str);
@@ -241,6 +243,7 @@ mod tests {
             vsock: Vsock::VhostUser { connection: 17 },
             shared: 18,
             taps: Vec::new(),
+            ready_port: 1026,
         }
     }
 

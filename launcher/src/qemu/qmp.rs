@@ -105,9 +105,9 @@ impl Qmp {
         self.execute(qmp::quit {}).await.map(drop)
     }
 
-    /// What is known of the guest's end.
-    pub fn ending(&self) -> Ending {
-        *self.ending.borrow()
+    /// What is known of the guest's end. Its sender goes when QEMU's last word was read.
+    pub fn ending(&self) -> watch::Receiver<Ending> {
+        self.ending.clone()
     }
 
     async fn execute<C: QmpCommand>(&self, command: C) -> Result<C::Ok, QmpError> {
@@ -222,7 +222,7 @@ mod tests {
             format!("{event}\n{{\"return\": {{}}, \"id\": {}}}", command["id"])
         });
         let qmp = Qmp::open(socket).await.unwrap();
-        assert_eq!(qmp.ending(), Ending::default());
+        assert_eq!(*qmp.ending().borrow(), Ending::default());
         qmp.power_down().await.unwrap();
         assert_eq!(
             qmp.ending(),
