@@ -225,7 +225,7 @@ mod tests {
         assert_eq!(*qmp.ending().borrow(), Ending::default());
         qmp.power_down().await.unwrap();
         assert_eq!(
-            qmp.ending(),
+            *qmp.ending().borrow(),
             Ending {
                 powered_off: true,
                 ..Default::default()
