@@ -1,1 +1,374 @@
+//! The client of the agent inside the guest. The guest is not trusted: every call has a deadline, every answer a bound, and
+//! its words are made harmless before they reach a log or a person.
 
+use std::{future::Future, io, time::Duration};
+
+use coreos_kvm_proto::{
+    AGENT_PORT,
+    agent::{self as proto, StatsResponse, Streams},
+    agent_ttrpc::AgentClient as Rpc,
+};
+use tokio::sync::Mutex;
+use ttrpc::{
+    asynchronous::{Client, transport::Socket},
+    context::{Context, with_duration},
+};
+
+use crate::{console::harmless, vsock::VsockDialer};
+
+mod stream;
+
+pub use stream::{StreamReader, StreamWriter};
+
+/// Calls that only look or signal.
+const SHORT: Duration = Duration::from_secs(10);
+/// Calls that make something: a container's first start reads its program through virtiofs.
+const LONG: Duration = Duration::from_secs(60);
+/// Longest text of the guest that goes into an error, in bytes.
+const TEXT_MAX: usize = 1024;
+
+/// What the agent did not do.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    #[error("{0}")]
+    NotFound(String),
+    #[error("{0}")]
+    AlreadyExists(String),
+    #[error("{0}")]
+    InvalidArgument(String),
+    #[error("{0}")]
+    FailedPrecondition(String),
+    #[error("{0}")]
+    Unimplemented(String),
+    #[error("the agent in the guest could not {what}: {message}")]
+    Failed { what: &'static str, message: String },
+    #[error("the agent in the guest did not answer in time when it was to {what}")]
+    Timeout { what: &'static str },
+    #[error("the agent in the guest cannot be reached to {what}")]
+    Unreachable {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the connection to the agent in the guest was lost when it was to {what}")]
+    Lost { what: &'static str },
+}
+
+/// A process in the guest: an init of a container, or an exec in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProcessName<'a> {
+    pub container_id: &'a str,
+    /// Empty for the container's init.
+    pub exec_id: &'a str,
+}
+
+impl ProcessName<'_> {
+    fn request(self) -> proto::ProcessRequest {
+        proto::ProcessRequest {
+            container_id: self.container_id.to_owned(),
+            exec_id: self.exec_id.to_owned(),
+            ..Default::default()
+        }
+    }
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProcessExit {
+    /// 0 to 255; of a process ended by signal N: 128 + N.
+    pub status: u32,
+    /// Guest's wall clock, nanoseconds since the epoch.
+    pub at_ns: i64,
+    pub oom_killed: bool,
+}
+
+impl From<proto::WaitProcessResponse> for ProcessExit {
+    fn from(said: proto::WaitProcessResponse) -> Self {
+        Self {
+            status: said.exit_status & 0xff,
+            at_ns: said.exited_at_ns,
+            oom_killed: said.oom_killed,
+        }
+    }
+}
+
+/// The client. One connection, made when it is first needed and made anew when it was lost.
+pub struct AgentClient {
+    dialer: VsockDialer,
+    // Held while dialing: whoever comes meanwhile wants the same connection.
+    connection: Mutex<Option<Client>>,
+}
+
+impl AgentClient {
+    pub fn new(dialer: VsockDialer) -> Self {
+        Self {
+            dialer,
+            connection: Mutex::new(None),
+        }
+    }
+
+    /// # Errors
+    /// Of [`AgentError`], as of every method here.
+    pub async fn info(&self) -> Result<proto::InfoResponse, AgentError> {
+        let request = proto::InfoRequest::default();
+        self.call("say what it is", SHORT, async |rpc, context| {
+            rpc.info(context, &request).await
+        })
+        .await
+    }
+
+    pub async fn configure_sandbox(&self, request: &proto::ConfigureSandboxRequest) -> Result<(), AgentError> {
+        self.call("make the guest the pod's", LONG, async |rpc, context| {
+            rpc.configure_sandbox(context, request).await
+        })
+        .await
+        .map(drop)
+    }
+
+    pub async fn configure_network(&self, request: &proto::ConfigureNetworkRequest) -> Result<(), AgentError> {
+        self.call("set up the network", LONG, async |rpc, context| {
+            rpc.configure_network(context, request).await
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Creates a container from its OCI specification (JSON, with the guest's paths). Answers the init's pid in the guest.
+    pub async fn create_container(&self, id: &str, spec: Vec<u8>, streams: Streams) -> Result<u32, AgentError> {
+        let request = proto::CreateContainerRequest {
+            container_id: id.to_owned(),
+            spec,
+            streams: Some(streams).into(),
+            ..Default::default()
+        };
+        let answer = self.call("create the container", LONG, async |rpc, context| {
+            rpc.create_container(context, &request).await
+        });
+        Ok(answer.await?.pid)
+    }
+
+    /// Prepares a process in a container from the `process` object of the OCI specification (JSON).
+    pub async fn create_exec(
+        &self,
+        name: ProcessName<'_>,
+        process: Vec<u8>,
+        streams: Streams,
+    ) -> Result<(), AgentError> {
+        let request = exec_request(name, process, streams);
+        self.call("prepare the process", SHORT, async |rpc, context| {
+            rpc.create_exec(context, &request).await
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Prepares a process in the guest's own namespaces.
+    pub async fn create_guest_exec(&self, exec_id: &str, process: Vec<u8>, streams: Streams) -> Result<(), AgentError> {
+        let name = ProcessName {
+            container_id: coreos_kvm_proto::GUEST_CONTAINER_ID,
+            exec_id,
+        };
+        let request = exec_request(name, process, streams);
+        self.call("prepare the process", SHORT, async |rpc, context| {
+            rpc.create_guest_exec(context, &request).await
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Runs a prepared process. Answers its pid in the guest.
+    pub async fn start_process(&self, name: ProcessName<'_>) -> Result<u32, AgentError> {
+        let request = name.request();
+        let answer = self.call("start the process", LONG, async |rpc, context| {
+            rpc.start_process(context, &request).await
+        });
+        Ok(answer.await?.pid)
+    }
+
+    /// Waits until the process has ended, however long that takes. The machine's end ends this call too.
+    pub async fn wait_process(&self, name: ProcessName<'_>) -> Result<ProcessExit, AgentError> {
+        let what = "wait for the process";
+        let request = name.request();
+        let rpc = self.connect(what).await?;
+        match rpc.wait_process(Context::default(), &request).await {
+            Ok(said) => Ok(said.into()),
+            Err(error) => Err(self.judge(what, error).await),
+        }
+    }
+
+    pub async fn signal_process(&self, name: ProcessName<'_>, signal: u32, all: bool) -> Result<(), AgentError> {
+        let request = proto::SignalProcessRequest {
+            container_id: name.container_id.to_owned(),
+            exec_id: name.exec_id.to_owned(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        self.call("signal the process", SHORT, async |rpc, context| {
+            rpc.signal_process(context, &request).await
+        })
+        .await
+        .map(drop)
+    }
+
+    pub async fn resize_pty(&self, name: ProcessName<'_>, columns: u32, rows: u32) -> Result<(), AgentError> {
+        let request = proto::ResizePtyRequest {
+            container_id: name.container_id.to_owned(),
+            exec_id: name.exec_id.to_owned(),
+            columns,
+            rows,
+            ..Default::default()
+        };
+        self.call("resize the terminal", SHORT, async |rpc, context| {
+            rpc.resize_pty(context, &request).await
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Forgets an ended or never started process; of an init, the whole container.
+    pub async fn delete_process(&self, name: ProcessName<'_>) -> Result<ProcessExit, AgentError> {
+        let request = name.request();
+        let answer = self.call("delete the process", LONG, async |rpc, context| {
+            rpc.delete_process(context, &request).await
+        });
+        Ok(answer.await?.into())
+    }
+
+    /// Processes of the container, as pids in the guest.
+    pub async fn list_pids(&self, container_id: &str) -> Result<Vec<u32>, AgentError> {
+        let request = container_request(container_id);
+        let answer = self.call("list the processes", SHORT, async |rpc, context| {
+            rpc.list_pids(context, &request).await
+        });
+        Ok(answer.await?.pids)
+    }
+
+    /// Changes the limits of a container: the `linux.resources` object of the OCI specification (JSON).
+    pub async fn update_resources(&self, container_id: &str, resources: Vec<u8>) -> Result<(), AgentError> {
+        let request = proto::UpdateResourcesRequest {
+            container_id: container_id.to_owned(),
+            resources,
+            ..Default::default()
+        };
+        self.call("change the container's limits", SHORT, async |rpc, context| {
+            rpc.update_resources(context, &request).await
+        })
+        .await
+        .map(drop)
+    }
+
+    pub async fn pause_container(&self, container_id: &str) -> Result<(), AgentError> {
+        let request = container_request(container_id);
+        self.call("pause the container", SHORT, async |rpc, context| {
+            rpc.pause_container(context, &request).await
+        })
+        .await
+        .map(drop)
+    }
+
+    pub async fn resume_container(&self, container_id: &str) -> Result<(), AgentError> {
+        let request = container_request(container_id);
+        self.call("resume the container", SHORT, async |rpc, context| {
+            rpc.resume_container(context, &request).await
+        })
+        .await
+        .map(drop)
+    }
+
+    pub async fn stats(&self, container_id: &str) -> Result<StatsResponse, AgentError> {
+        let request = container_request(container_id);
+        self.call("measure the container", SHORT, async |rpc, context| {
+            rpc.stats(context, &request).await
+        })
+        .await
+    }
+
+    /// Asks the guest to power off.
+    pub async fn shutdown(&self) -> Result<(), AgentError> {
+        let request = proto::Empty::default();
+        self.call("power off", SHORT, async |rpc, context| {
+            rpc.shutdown(context, &request).await
+        })
+        .await
+        .map(drop)
+    }
+
+    /// What the process writes to its stdout or stderr.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn output(&self, name: ProcessName<'_>, stderr: bool) -> io::Result<StreamReader> {
+        StreamReader::open(&self.dialer, name, stderr).await
+    }
+
+    /// The process's stdin.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn input(&self, name: ProcessName<'_>) -> io::Result<StreamWriter> {
+        StreamWriter::open(&self.dialer, name).await
+    }
+
+    async fn call<T, F: Future<Output = ttrpc::Result<T>>>(
+        &self,
+        what: &'static str,
+        deadline: Duration,
+        call: impl FnOnce(Rpc, Context) -> F,
+    ) -> Result<T, AgentError> {
+        let rpc = self.connect(what).await?;
+        // The deadline goes to the agent as well, but it is not the agent who is trusted to keep it.
+        match tokio::time::timeout(deadline, call(rpc, with_duration(deadline))).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(self.judge(what, error).await),
+            Err(_) => Err(AgentError::Timeout { what }),
+        }
+    }
+
+    async fn connect(&self, what: &'static str) -> Result<Rpc, AgentError> {
+        let mut connection = self.connection.lock().await;
+        if let Some(client) = connection.as_ref() {
+            return Ok(Rpc::new(client.clone()));
+        }
+        let stream = self.dialer.dial(AGENT_PORT).await;
+        let stream = stream.map_err(|source| AgentError::Unreachable { what, source })?;
+        let client = Client::new(Socket::new(stream));
+        *connection = Some(client.clone());
+        Ok(Rpc::new(client))
+    }
+
+    /// What an error of ttrpc means; a connection that broke is not used again.
+    async fn judge(&self, what: &'static str, error: ttrpc::Error) -> AgentError {
+        let ttrpc::Error::RpcStatus(status) = error else {
+            *self.connection.lock().await = None;
+            return AgentError::Lost { what };
+        };
+        let message = harmless(&status.message().chars().take(TEXT_MAX).collect::<String>());
+        match status.code() {
+            ttrpc::Code::NOT_FOUND => AgentError::NotFound(message),
+            ttrpc::Code::ALREADY_EXISTS => AgentError::AlreadyExists(message),
+            ttrpc::Code::INVALID_ARGUMENT => AgentError::InvalidArgument(message),
+            ttrpc::Code::FAILED_PRECONDITION => AgentError::FailedPrecondition(message),
+            ttrpc::Code::UNIMPLEMENTED => AgentError::Unimplemented(message),
+            ttrpc::Code::DEADLINE_EXCEEDED => AgentError::Timeout { what },
+            _ => AgentError::Failed { what, message },
+        }
+    }
+}
+
+fn container_request(container_id: &str) -> proto::ContainerRequest {
+    proto::ContainerRequest {
+        container_id: container_id.to_owned(),
+        ..Default::default()
+    }
+}
+
+fn exec_request(name: ProcessName<'_>, process: Vec<u8>, streams: Streams) -> proto::CreateExecRequest {
+    proto::CreateExecRequest {
+        container_id: name.container_id.to_owned(),
+        exec_id: name.exec_id.to_owned(),
+        process,
+        streams: Some(streams).into(),
+        ..Default::default()
+    }
+}
