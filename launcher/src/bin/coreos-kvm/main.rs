@@ -4,6 +4,7 @@ mod check;
 mod console;
 
 mod ps;
+mod run;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -30,6 +31,8 @@ enum Command {
     Ps(ps::Ps),
     /// Shows what a machine's guest has printed on its console.
     Console(console::Console),
+    /// Boots one machine, without network, and stays with it until it ends. For trials and measurements.
+    Run(run::Run),
 }
 
 fn main() -> ExitCode {
@@ -59,6 +62,7 @@ fn start() -> anyhow::Result<ExitCode> {
             Command::Check => check::check(&config, arguments.config.as_deref()).await,
             Command::Ps(ps) => ps.run(&config),
             Command::Console(console) => console.run(&config).await,
+            Command::Run(run) => run.run(&config).await,
         }
     });
     // A thread that reads stdin cannot be interrupted, and nothing it could still read matters.
