@@ -172,7 +172,7 @@ END
   done >"$root/sources.list"
 }
 
-# The mirror that this machine uses if it is a Debian, else the one that debootstrap knows.
+# The mirror that this machine uses if it is a Debian, else the one that the bootstrapping tools know.
 debian_mirror() {
   local uri=${KUBECEPTION_DEBIAN_MIRROR:-}
   if [ -z "$uri" ]; then
@@ -181,7 +181,7 @@ debian_mirror() {
       awk -F'|' '$1 == "Debian" && $2 == "Debian" { print $3; exit }')
   fi
   if [ -z "$uri" ]; then
-    uri=$(sed -n 's/^DEF_MIRROR="\(.*\)"/\1/p' "$(command -v debootstrap)")
+    uri=$(grep -ohE 'http://[a-z.]+/debian\b' "$(command -v debootstrap)" "$(command -v mmdebstrap)" | head -n 1)
   fi
   if [ -z "$uri" ]; then
     echo "no Debian mirror is known; KUBECEPTION_DEBIAN_MIRROR=URI names one" >&2

@@ -8,6 +8,7 @@
 use std::fs;
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -74,6 +75,7 @@ fn run(place: &Place) -> Result<()> {
         unmount_all(place),
         remove_files(place),
         remove_cgroups(place, Duration::from_secs(10)),
+        remove_lock(place),
     ];
     outcomes.into_iter().collect()
 }
@@ -83,17 +85,30 @@ fn lock(place: &Place) -> Result<Flock<fs::File>> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent)?;
     }
-    let file = fs::File::create(&path).with_context(|| format!("making {}", path.display()))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(lock),
-        Err((_, Errno::EWOULDBLOCK)) => {
-            bail!(
-                "a node {} is there already (kept by a demonstration?); 'sudo ./devtool demo --end' ends a kept one",
+    loop {
+        let file = fs::File::create(&path).with_context(|| format!("making {}", path.display()))?;
+        let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => lock,
+            Err((_, Errno::EWOULDBLOCK)) => bail!(
+                "a node {} is there already; 'sudo ./devtool demo --end' ends one that was kept",
                 place.name()
-            )
+            ),
+            Err((_, errno)) => return Err(errno).with_context(|| format!("locking {}", path.display())),
+        };
+        // A predecessor that ended meanwhile has removed the file: what is locked then is no longer what others see.
+        if fs::metadata(&path).is_ok_and(|there| lock.metadata().is_ok_and(|locked| locked.ino() == there.ino())) {
+            return Ok(lock);
         }
-        Err((_, errno)) => Err(errno).with_context(|| format!("locking {}", path.display())),
     }
+}
+
+fn remove_lock(place: &Place) -> Result<()> {
+    fs::remove_file(place.lock()).context("removing the lock file")?;
+    if let Some(parent) = place.lock().parent() {
+        // As long as there are other nodes it stays.
+        let _ = fs::remove_dir(parent);
+    }
+    Ok(())
 }
 
 /// Mounts of its own: /proc of the new PID namespace, and a private /run, where containerd and shims have fixed places.

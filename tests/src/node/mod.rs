@@ -350,7 +350,6 @@ fn end(place: &Place) -> Result<()> {
         drop(unshare.stdin.take());
         wait_bounded(&mut unshare, INIT_BOUND)?;
     }
-    fs::remove_file(place.lock()).context("removing the lock file")?;
     Ok(())
 }
 
