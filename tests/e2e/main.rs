@@ -23,8 +23,15 @@ mod testbed;
 
 use lab::Lab;
 
-fn main() -> Result<ExitCode> {
+fn main() -> ExitCode {
     init::become_init_if_asked();
+    run().unwrap_or_else(|error| {
+        eprintln!("e2e: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run() -> Result<ExitCode> {
     let (chosen, arguments) = arguments()?;
 
     let mut labs = Vec::new();

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -37,9 +38,18 @@ struct Arguments {
     containerd: Containerd,
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     init::become_init_if_asked();
-    let arguments = Arguments::parse();
+    match measure(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(arguments: &Arguments) -> Result<()> {
     ensure!(
         arguments.runs > 0 && arguments.execs > 0,
         "nothing is measured in 0 runs"
@@ -48,7 +58,7 @@ fn main() -> Result<()> {
     let bench = Bench {
         cri: Cri::connect(&node)?,
         node: &node,
-        arguments: &arguments,
+        arguments,
     };
 
     let mut table = Table::default();

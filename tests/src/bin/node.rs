@@ -33,9 +33,16 @@ enum Verb {
     Clean,
 }
 
-fn main() -> Result<ExitCode> {
+fn main() -> ExitCode {
     init::become_init_if_asked();
-    match Arguments::parse().verb {
+    perform(Arguments::parse().verb).unwrap_or_else(|error| {
+        eprintln!("{error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn perform(verb: Verb) -> Result<ExitCode> {
+    match verb {
         Verb::Run {
             containerd,
             runc_only,

@@ -86,7 +86,9 @@ fn lock(place: &Place) -> Result<Flock<fs::File>> {
         fs::create_dir_all(parent)?;
     }
     loop {
-        let file = fs::File::create(&path).with_context(|| format!("making {}", path.display()))?;
+        // What it has, a running node's process id, stays.
+        let file = fs::File::options().create(true).append(true).open(&path);
+        let file = file.with_context(|| format!("opening {}", path.display()))?;
         let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => lock,
             Err((_, Errno::EWOULDBLOCK)) => bail!(
