@@ -3,7 +3,7 @@
 use std::{
     io::Read,
     os::fd::{AsRawFd, FromRawFd},
-    process::Command,
+    process::{Child, Command, Stdio},
     sync::mpsc,
     time::Duration,
 };
@@ -11,43 +11,62 @@ use std::{
 use super::*;
 use crate::machine::PortProtocol;
 
-/// A pod's network as CNI's bridge plugin makes it, the far end of its veth in the same namespace. Kept until dropped.
+/// A pod's network as CNI's bridge plugin makes it, with the far end of its veth in a namespace of its own. Both end with it.
 struct Network {
     path: PathBuf,
+    far: Child,
     _end: mpsc::Sender<()>,
 }
 
+impl Drop for Network {
+    fn drop(&mut self) {
+        drop(self.far.stdin.take());
+        let _ = self.far.wait();
+    }
+}
+
 fn network() -> Network {
+    let mut far = Command::new("unshare")
+        .args(["--net", "sh", "-c", "echo; exec cat"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    far.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    let script = format!(
+        "set -e
+        ip link set lo up
+        ip link add eth0 address 02:00:00:00:00:02 mtu 1450 type veth peer name far0 address 02:00:00:00:00:01
+        ip link set far0 netns {0}
+        nsenter --target {0} --net ip link set far0 up
+        ip link set eth0 up
+        ip address add 10.9.0.2/24 dev eth0
+        ip -6 address add fd09::2/64 dev eth0 nodad
+        ip route add default via 10.9.0.1 dev eth0
+        ip route add 10.10.0.0/16 via 10.9.0.7 dev eth0 metric 5
+        ip neighbour add 10.9.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent",
+        far.id()
+    );
     let (end, ended) = mpsc::channel::<()>();
     let (made, made_path) = mpsc::channel();
     std::thread::spawn(move || {
         nix::sched::unshare(CloneFlags::CLONE_NEWNET).unwrap();
-        let script = "set -e
-            ip link set lo up
-            ip link add eth0 address 02:00:00:00:00:02 mtu 1450 type veth peer name far0 address 02:00:00:00:00:01
-            ip link set far0 up; ip link set eth0 up
-            ip address add 10.9.0.2/24 dev eth0
-            ip -6 address add fd09::2/64 dev eth0 nodad
-            ip route add default via 10.9.0.1 dev eth0
-            ip route add 10.10.0.0/16 via 10.9.0.7 dev eth0 metric 5
-            ip neighbour add 10.9.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent";
-        assert!(Command::new("sh").args(["-c", script]).status().unwrap().success());
-        made.send(PathBuf::from(format!(
-            "/proc/self/task/{}/ns/net",
-            nix::unistd::gettid()
-        )))
-        .unwrap();
+        assert!(Command::new("sh").args(["-c", &script]).status().unwrap().success());
+        let path = format!("/proc/self/task/{}/ns/net", nix::unistd::gettid());
+        made.send(PathBuf::from(path)).unwrap();
         let _ = ended.recv();
     });
     Network {
         path: made_path.recv().unwrap(),
+        far,
         _end: end,
     }
 }
 
 /// Sends one Ethernet frame on the far end of the veth.
-async fn send_from_far(netns: &Path, frame: &'static [u8]) {
-    let sent = inside(netns, async move |_| {
+async fn send_from_far(network: &Network, frame: &'static [u8]) {
+    let far = PathBuf::from(format!("/proc/{}/ns/net", network.far.id()));
+    let sent = inside(&far, async move |_| {
         // SAFETY: plain system calls on values that live longer than they; the descriptor is owned at once.
         unsafe {
             let socket = OwnedFd::from_raw_fd(libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0));
@@ -55,14 +74,8 @@ async fn send_from_far(netns: &Path, frame: &'static [u8]) {
             address.sll_family = libc::AF_PACKET as u16;
             address.sll_ifindex = libc::if_nametoindex(c"far0".as_ptr()) as i32;
             let size = std::mem::size_of_val(&address) as u32;
-            let count = libc::sendto(
-                socket.as_raw_fd(),
-                frame.as_ptr().cast(),
-                frame.len(),
-                0,
-                (&raw const address).cast(),
-                size,
-            );
+            let to = (&raw const address).cast();
+            let count = libc::sendto(socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0, to, size);
             Ok(usize::try_from(count) == Ok(frame.len()))
         }
     });
@@ -124,14 +137,14 @@ async fn the_guest_takes_over_what_cni_made() {
 async fn frames_reach_the_tap_until_it_is_detached() {
     let network = network();
     let attached = attach(&network.path, &[]).await.unwrap();
-    send_from_far(&network.path, FRAME).await;
+    send_from_far(&network, FRAME).await;
     assert!(arrives(&attached.taps[0].descriptor, FRAME));
     detach(&network.path).await.unwrap();
     detach(&network.path).await.unwrap();
     drop(attached);
     // The same network can be given to another machine.
     let again = attach(&network.path, &[]).await.unwrap();
-    send_from_far(&network.path, FRAME).await;
+    send_from_far(&network, FRAME).await;
     assert!(arrives(&again.taps[0].descriptor, FRAME));
 }
 
