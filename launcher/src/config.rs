@@ -222,7 +222,7 @@ impl Keys {
     fn checked(self) -> Result<Config, Problem> {
         let mut config = Config::default();
         set(&mut config.guests_dir, "guests_dir", self.guests_dir, absolute)?;
-        set(&mut config.guest, "guest", self.guest, folder_name)?;
+        set(&mut config.guest, "guest", self.guest, |name| folder_name(name))?;
         set(&mut config.agent_disk, "agent_disk", self.agent_disk, absolute)?;
         set(&mut config.state_dir, "state_dir", self.state_dir, absolute)?;
         set(&mut config.qemu, "qemu", self.qemu, program)?;
@@ -308,9 +308,9 @@ fn program(path: &PathBuf) -> Result<PathBuf, String> {
     }
 }
 
-fn folder_name(name: &String) -> Result<String, String> {
+fn folder_name(name: &str) -> Result<String, String> {
     crate::guest::check_name(name).map_err(|error| error.to_string())?;
-    Ok(name.clone())
+    Ok(name.to_owned())
 }
 
 fn number<T: TryFrom<u64>>(allowed: RangeInclusive<u64>) -> impl Fn(&i64) -> Result<T, String> {

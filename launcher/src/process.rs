@@ -195,6 +195,9 @@ fn confine(confinement: &Confinement, inherited: &[RawFd], parent: nix::unistd::
         // SAFETY: fcntl(2) on a number; the parent holds the descriptor open while it spawns.
         check(unsafe { libc::fcntl(*descriptor, libc::F_SETFD, 0) }.into())?;
     }
+    // Out of the parent's terminal and process group: an interrupt at the keyboard is for the parent alone.
+    // SAFETY: setsid(2) takes nothing; a new child is no leader of a group.
+    check(unsafe { libc::setsid() }.into())?;
     for mut procs in &confinement.cgroups {
         io::Write::write_all(&mut procs, b"0")?;
     }

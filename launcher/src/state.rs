@@ -364,7 +364,7 @@ mod tests {
         assert_eq!(state.read().unwrap(), None);
         state.write(&record()).unwrap();
         assert_eq!(state.read().unwrap(), Some(record()));
-        assert_eq!(machines(root.path()).unwrap(), [id.clone()]);
+        assert_eq!(machines(root.path()).unwrap(), std::slice::from_ref(&id));
         assert_eq!(
             std::fs::metadata(state.path()).unwrap().permissions().mode() & 0o777,
             0o700

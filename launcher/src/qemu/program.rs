@@ -71,16 +71,19 @@ fn new_enough(path: &Path, found: Version) -> Result<(), QemuError> {
     }
 }
 
-/// The version of the program at `path`; asked once for each file, told apart by device, inode and time of change.
+/// Device, inode and time of change of a file.
+type Key = (u64, u64, i64, i64);
+
+/// The version of the program at `path`; asked once for each file.
 async fn version(path: &Path) -> Result<Version, QemuError> {
-    static KNOWN: Mutex<Option<HashMap<(u64, u64, i64, i64), Version>>> = Mutex::new(None);
+    static KNOWN: Mutex<Option<HashMap<Key, Version>>> = Mutex::new(None);
 
     let unasked = |source| QemuError::Unasked {
         path: path.to_owned(),
         source,
     };
     let file = std::fs::metadata(path).map_err(unasked)?;
-    let key = (file.dev(), file.ino(), file.mtime(), file.mtime_nsec());
+    let key: Key = (file.dev(), file.ino(), file.mtime(), file.mtime_nsec());
     // A map of numbers is whole at any time.
     let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(version) = known().as_ref().and_then(|known| known.get(&key)) {

@@ -143,6 +143,8 @@ async fn watch_events(
                 _ => ending.powered_off = true,
             }),
             Ok(_) => {}
+            // QEMU ended with words of ours unread.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
             Err(error) => {
                 tracing::warn!(%error, "QEMU's control connection is given up");
                 break;

@@ -2,6 +2,7 @@
 
 mod check;
 mod console;
+mod exec;
 
 mod ps;
 mod run;
@@ -31,6 +32,8 @@ enum Command {
     Ps(ps::Ps),
     /// Shows what a machine's guest has printed on its console.
     Console(console::Console),
+    /// Runs a command in a machine's guest, in the guest's own namespaces, as root.
+    Exec(exec::Exec),
     /// Boots one machine, without network, and stays with it until it ends. For trials and measurements.
     Run(run::Run),
 }
@@ -62,6 +65,7 @@ fn start() -> anyhow::Result<ExitCode> {
             Command::Check => check::check(&config, arguments.config.as_deref()).await,
             Command::Ps(ps) => ps.run(&config),
             Command::Console(console) => console.run(&config).await,
+            Command::Exec(exec) => exec.run(&config).await,
             Command::Run(run) => run.run(&config).await,
         }
     });

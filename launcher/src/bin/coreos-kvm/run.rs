@@ -12,7 +12,7 @@ use coreos_kvm_launcher::{
     config::Config,
     guest::Guest,
     machine::{Machine, MachineId, Network},
-    vm::Vm,
+    vm::{self, Vm},
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -54,7 +54,7 @@ impl Run {
             None => format!("run-{}", std::process::id()).parse()?,
         };
         let machine = Machine {
-            id,
+            id: id.clone(),
             guest: Guest::load(&config.guests_dir, self.guest.as_deref().unwrap_or(&config.guest))?,
             vcpus: self.vcpus.unwrap_or(config.vcpus),
             memory_mib: self.memory.unwrap_or(config.memory_mib),
@@ -69,9 +69,14 @@ impl Run {
         let mut terminate = signal(SignalKind::terminate())?;
         let begin = Instant::now();
         let vm = tokio::select! {
-            vm = Vm::start(config, machine) => vm?,
-            _ = interrupt.recv() => anyhow::bail!("interrupted"),
-            _ = terminate.recv() => anyhow::bail!("terminated"),
+            vm = Vm::start(config, machine) => Some(vm?),
+            _ = interrupt.recv() => None,
+            _ = terminate.recv() => None,
+        };
+        let Some(vm) = vm else {
+            // The start is being undone, but this process must not end before it is.
+            vm::destroy(&config.state_dir, &id).await?;
+            anyhow::bail!("interrupted before the machine was up");
         };
         println!(
             "{}",
