@@ -1,6 +1,7 @@
 //! What the guest is told at its first boot: the user's Ignition configuration, merged with the two units that bring the
 //! agent up. The guest itself has no agent: it comes on a read-only disk, found by its serial number.
 
+use coreos_kvm_ignition::{Config, Report, merge, v3::Version};
 use coreos_kvm_proto::AGENT_DISK_SERIAL;
 use serde_json::json;
 
@@ -61,57 +62,140 @@ fn service_unit() -> String {
 /// A user's configuration that cannot be given to the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum ProvisionError {
-    #[error("the Ignition configuration is no JSON: line {line}, column {column}: {problem}")]
-    Syntax {
-        line: usize,
-        column: usize,
-        problem: String,
-    },
-    #[error("the Ignition configuration has version {version:?}; the guest {guest:?} understands {known}")]
-    Version {
-        version: String,
-        guest: String,
-        known: String,
-    },
+    #[error("the Ignition configuration is wrong: {0}")]
+    User(Report),
     #[error(
-        "the Ignition configuration has {size} bytes together with what the guest needs; at most {CONFIGURATION_MAX} are possible"
+        "the Ignition configuration cannot be given to the guest {guest:?}, which takes the versions {accepted}: {report}"
+    )]
+    Guest {
+        guest: String,
+        accepted: String,
+        report: Report,
+    },
+    #[error("the Ignition configuration cannot be merged with what the guest needs for its agent: {0}")]
+    Merge(Report),
+    #[error(
+        "the Ignition configuration has {size} bytes with what the guest needs added; at most {CONFIGURATION_MAX} are possible"
     )]
     Size { size: usize },
+    #[error("guest.toml of the guest {guest:?} names a version of Ignition that there is not: {report}")]
+    Description { guest: String, report: Report },
 }
 
 /// The configuration that the guest of `machine` boots with, as JSON.
 ///
 /// # Errors
-/// When the user's configuration is wrong, of a version that the guest does not understand, or too long.
+/// When the user's configuration is wrong, needs what the guest does not know, or is too long.
 pub fn provision(machine: &Machine) -> Result<String, ProvisionError> {
-    let text = machine
-        .ignition
-        .as_deref()
-        .unwrap_or(r#"{"ignition": {"version": "3.0.0"}}"#);
-    let mut config: serde_json::Value = serde_json::from_str(text).map_err(|error| ProvisionError::Syntax {
-        line: error.line(),
-        column: error.column(),
-        problem: error.to_string(),
-    })?;
-    let version = config["ignition"]["version"].as_str().unwrap_or_default().to_owned();
-    if !machine.guest.ignition_versions.contains(&version) {
-        return Err(ProvisionError::Version {
-            version,
-            guest: machine.guest.name.clone(),
-            known: machine.guest.ignition_versions.join(", "),
-        });
+    let guest = &machine.guest;
+    let accepted: Vec<Version> = guest
+        .ignition_versions
+        .iter()
+        .map(|version| version.parse())
+        .collect::<Result<_, Report>>()
+        .map_err(|report| ProvisionError::Description {
+            guest: guest.name.clone(),
+            report,
+        })?;
+    let for_guest = |config: &Config| {
+        config.for_guest(&accepted).map_err(|report| ProvisionError::Guest {
+            guest: guest.name.clone(),
+            accepted: guest.ignition_versions.join(", "),
+            report,
+        })
+    };
+    // What is ours is in the oldest version of the specification, and hence in any.
+    let ours = for_guest(&Config::parse(&ours()).map_err(ProvisionError::Merge)?)?;
+    let merged = match &machine.ignition {
+        None => ours,
+        Some(text) => {
+            let user = Config::parse(text).map_err(ProvisionError::User)?;
+            for key in user.unknown_keys() {
+                tracing::warn!(machine = %machine.id, key, "the Ignition configuration has a key that Ignition does not know");
+            }
+            merge(&for_guest(&user)?, &ours).map_err(ProvisionError::Merge)?
+        }
+    };
+    let json = merged.to_json();
+    if json.len() > CONFIGURATION_MAX {
+        return Err(ProvisionError::Size { size: json.len() });
     }
-    let units = &mut config["systemd"]["units"];
-    if !units.is_array() {
-        *units = json!([]);
+    Ok(json)
+}
+
+fn ours() -> String {
+    let config = json!({
+        "ignition": { "version": "3.0.0" },
+        "systemd": { "units": [
+            { "name": MOUNT_UNIT, "mask": false, "contents": mount_unit() },
+            { "name": SERVICE_UNIT, "mask": false, "enabled": true, "contents": service_unit() },
+        ] },
+    });
+    config.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+    use crate::machine::tests::machine;
+
+    fn provisioned(ignition: Option<&str>) -> Result<Value, String> {
+        let machine = Machine {
+            ignition: ignition.map(str::to_owned),
+            ..machine()
+        };
+        let json = provision(&machine).map_err(|error| error.to_string())?;
+        Ok(serde_json::from_str(&json).unwrap())
     }
-    if let Some(units) = units.as_array_mut() {
-        units.push(json!({"name": MOUNT_UNIT, "contents": mount_unit()}));
-        units.push(json!({"name": SERVICE_UNIT, "enabled": true, "contents": service_unit()}));
+
+    fn unit<'a>(config: &'a Value, name: &str) -> Option<&'a Value> {
+        config["systemd"]["units"]
+            .as_array()?
+            .iter()
+            .find(|unit| unit["name"] == name)
     }
-    let merged = config.to_string();
-    if merged.len() > CONFIGURATION_MAX {
-        return Err(ProvisionError::Size { size: merged.len() });
+
+    #[test]
+    fn a_guest_without_configuration_gets_its_agent() {
+        let config = provisioned(None).unwrap();
+        assert!(unit(&config, MOUNT_UNIT).is_some());
+        assert_eq!(unit(&config, SERVICE_UNIT).unwrap()["enabled"], true);
     }
-    Ok(merged)
+
+    #[test]
+    fn what_the_user_wrote_stays() {
+        let user = r#"{"ignition": {"version": "3.3.0"},
+            "storage": {"files": [{"path": "/etc/motd", "contents": {"source": "data:,hello"}}]},
+            "systemd": {"units": [{"name": "a.service", "enabled": true, "contents": "[Service]\nExecStart=/bin/true"}]}}"#;
+        let config = provisioned(Some(user)).unwrap();
+        assert_eq!(config["ignition"]["version"], "3.3.0");
+        assert_eq!(config["storage"]["files"][0]["path"], "/etc/motd");
+        assert!(unit(&config, "a.service").is_some() && unit(&config, SERVICE_UNIT).is_some());
+    }
+
+    #[test]
+    fn the_agents_unit_is_ours_whatever_the_user_says_of_it() {
+        let user = r#"{"ignition": {"version": "3.3.0"},
+            "systemd": {"units": [{"name": "coreos-kvm-agent.service", "mask": true, "contents": "[Service]\nExecStart=/bin/false"}]}}"#;
+        let config = provisioned(Some(user)).unwrap();
+        let unit = unit(&config, SERVICE_UNIT).unwrap();
+        assert_eq!((&unit["mask"], &unit["enabled"]), (&false.into(), &true.into()));
+        assert_eq!(unit["contents"], service_unit());
+    }
+
+    #[test]
+    fn a_newer_version_than_the_guests_is_brought_down_when_nothing_is_lost() {
+        let config = provisioned(Some(r#"{"ignition": {"version": "3.5.0"}}"#)).unwrap();
+        assert_eq!(config["ignition"]["version"], "3.3.0");
+    }
+
+    #[rstest::rstest]
+    #[case("{\n  \"ignition\": {]", "the Ignition configuration is wrong: line 2, column 16")]
+    #[case(r#"{"ignition": {"version": "2.3.0"}}"#, "2.3.0")]
+    fn a_wrong_configuration_is_told_with_its_place(#[case] text: &str, #[case] expected: &str) {
+        let error = provisioned(Some(text)).unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
 }
