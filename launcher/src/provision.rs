@@ -70,7 +70,7 @@ pub enum ProvisionError {
     Guest {
         guest: String,
         accepted: String,
-        report: Report,
+        report: Box<Report>,
     },
     #[error("the Ignition configuration cannot be merged with what the guest needs for its agent: {0}")]
     Merge(Report),
@@ -79,7 +79,7 @@ pub enum ProvisionError {
     )]
     Size { size: usize },
     #[error("guest.toml of the guest {guest:?} names a version of Ignition that there is not: {report}")]
-    Description { guest: String, report: Report },
+    Description { guest: String, report: Box<Report> },
 }
 
 /// The configuration that the guest of `machine` boots with, as JSON.
@@ -95,13 +95,13 @@ pub fn provision(machine: &Machine) -> Result<String, ProvisionError> {
         .collect::<Result<_, Report>>()
         .map_err(|report| ProvisionError::Description {
             guest: guest.name.clone(),
-            report,
+            report: Box::new(report),
         })?;
     let for_guest = |config: &Config| {
         config.for_guest(&accepted).map_err(|report| ProvisionError::Guest {
             guest: guest.name.clone(),
             accepted: guest.ignition_versions.join(", "),
-            report,
+            report: Box::new(report),
         })
     };
     // What is ours is in the oldest version of the specification, and hence in any.

@@ -219,3 +219,33 @@ fn reason_of(status: ExitStatus, ending: Ending, messages: &[String]) -> (String
         ),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    const NOTHING: Ending = Ending {
+        panicked: false,
+        powered_off: false,
+        rebooted: false,
+    };
+
+    #[rstest::rstest]
+    #[case::power_off(0, Ending { powered_off: true, ..NOTHING }, "the guest powered off", true)]
+    #[case::reboot(0, Ending { rebooted: true, ..NOTHING }, "the guest rebooted, or its kernel panicked; a machine does not start twice", false)]
+    #[case::panic(0, Ending { panicked: true, rebooted: true, ..NOTHING }, "the guest's kernel panicked", false)]
+    #[case::told(0, NOTHING, "QEMU was told to end", true)]
+    #[case::failure(1 << 8, NOTHING, "QEMU failed with exit code 1; it said: no disk", false)]
+    #[case::killed(9, NOTHING, "QEMU was killed by signal 9; it said: no disk", false)]
+    fn every_end_has_one_reason(
+        #[case] status: i32,
+        #[case] ending: Ending,
+        #[case] expected: &str,
+        #[case] orderly: bool,
+    ) {
+        let reason = reason_of(ExitStatus::from_raw(status), ending, &["no disk".to_owned()]);
+        assert_eq!(reason, (expected.to_owned(), orderly));
+    }
+}
