@@ -4,6 +4,8 @@
 //! COREOS_KVM_AGENT_DISK, the disk with the agent (in cargo's target folder); COREOS_KVM_TOOLS, the folder with virtiofsd
 //! and vhost-device-vsock (in the cache of devtool).
 
+#![allow(clippy::unwrap_used)] // a test that cannot go on fails
+
 use std::{
     path::{Path, PathBuf},
     time::Duration,
@@ -234,13 +236,18 @@ async fn a_machine_does_not_outlive_its_helpers() {
     let machine = place.machine("helpless");
     let state = StateDir::of(&place.config.state_dir, &machine.id);
     let kill = async {
-        loop {
-            let record = state.read().unwrap().filter(|record| record.qemu.is_some());
-            match record.and_then(|record| record.helpers.into_iter().find(|helper| helper.name == "virtiofsd")) {
-                Some(virtiofsd) => break virtiofsd.process.signal(Signal::SIGKILL).unwrap(),
-                None => tokio::time::sleep(Duration::from_millis(10)).await,
-            }
+        // Once the guest prints, QEMU and virtiofsd have found each other.
+        while !std::fs::metadata(state.console()).is_ok_and(|log| log.len() > 0) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
+        let helpers = state.read().unwrap().unwrap().helpers;
+        helpers
+            .iter()
+            .find(|helper| helper.name == "virtiofsd")
+            .unwrap()
+            .process
+            .signal(Signal::SIGKILL)
+            .unwrap()
     };
     let (start, _) = tokio::join!(Vm::start(&place.config, machine.clone()), kill);
     let error = start.err().unwrap();
