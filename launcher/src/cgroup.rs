@@ -167,7 +167,10 @@ mod tests {
     #[rstest::rstest]
     #[case("/k8s.io/abc", Some("k8s.io/abc"))]
     #[case("kubepods/burstable/pod1/abc", Some("kubepods/burstable/pod1/abc"))]
-    #[case("kubepods-burstable-pod1.slice:cri-containerd:abc", Some("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-abc.scope"))]
+    #[case(
+        "kubepods-burstable-pod1.slice:cri-containerd:abc",
+        Some("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-abc.scope")
+    )]
     #[case("-.slice:cri-containerd:abc", Some("cri-containerd-abc.scope"))]
     #[case("/", None)]
     #[case("", None)]

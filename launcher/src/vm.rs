@@ -7,7 +7,7 @@ use tokio::{sync::watch as channel, task::JoinHandle};
 
 use crate::{
     accel::Acceleration,
-    agent::AgentClient,
+    agent::{AgentClient, AgentError},
     config::Config,
     machine::{Machine, MachineId},
     process::Process,
@@ -162,13 +162,15 @@ impl Vm {
         // A halted guest hears nothing.
         let _ = self.qmp.cont().await;
         let asked = async {
-            if let Err(error) = self.agent.shutdown().await {
+            self.agent.shutdown().await?;
+            Ok::<_, AgentError>(self.exited().await)
+        };
+        match tokio::time::timeout(grace / 2, asked).await {
+            Ok(Ok(_)) => return,
+            Ok(Err(error)) => {
                 tracing::debug!(machine = %self.id, %error, "the agent did not take the word to shut down");
             }
-            self.exited().await
-        };
-        if tokio::time::timeout(grace / 2, asked).await.is_ok() {
-            return;
+            Err(_) => tracing::debug!(machine = %self.id, "the guest does not power off by its agent's word"),
         }
         let pressed = async {
             if let Err(error) = self.qmp.power_down().await {
@@ -208,7 +210,8 @@ fn reason_of(status: ExitStatus, ending: Ending, messages: &[String]) -> (String
         _ if ending.panicked => ("the guest's kernel panicked".to_owned(), false),
         (Some(0), _) if ending.powered_off => ("the guest powered off".to_owned(), true),
         (Some(0), _) if ending.rebooted => (
-            "the guest rebooted, or its kernel panicked; a machine does not start twice".to_owned(),
+            "the guest reset itself: its agent failed, its kernel panicked, or it rebooted, which ends a machine"
+                .to_owned(),
             false,
         ),
         (Some(0), _) => ("QEMU was told to end".to_owned(), true),
@@ -234,7 +237,7 @@ mod tests {
 
     #[rstest::rstest]
     #[case::power_off(0, Ending { powered_off: true, ..NOTHING }, "the guest powered off", true)]
-    #[case::reboot(0, Ending { rebooted: true, ..NOTHING }, "the guest rebooted, or its kernel panicked; a machine does not start twice", false)]
+    #[case::reboot(0, Ending { rebooted: true, ..NOTHING }, "the guest reset itself: its agent failed, its kernel panicked, or it rebooted, which ends a machine", false)]
     #[case::panic(0, Ending { panicked: true, rebooted: true, ..NOTHING }, "the guest's kernel panicked", false)]
     #[case::told(0, NOTHING, "QEMU was told to end", true)]
     #[case::failure(1 << 8, NOTHING, "QEMU failed with exit code 1; it said: no disk", false)]
