@@ -1,0 +1,502 @@
+//! All containers of the pod, and the processes in them.
+
+use std::{
+    collections::HashMap,
+    fs::{DirBuilder, OpenOptions},
+    io::{self, Write},
+    os::unix::{
+        fs::{DirBuilderExt, OpenOptionsExt},
+        process::CommandExt,
+    },
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use coreos_kvm_proto::{GUEST_CONTAINER_ID, agent::Streams};
+use libcontainer::container::Container;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use oci_spec::runtime::{LinuxResources, Process as ProcessSpec, Spec};
+
+use crate::{
+    cgroup,
+    error::AgentError,
+    process::Process,
+    reaper::{Exit, Reaper},
+    runtime::{self, ConsoleSocket, Work},
+};
+
+type Key = (String, String);
+
+/// All processes, by container and exec.
+pub(crate) struct Containers {
+    reaper: Reaper,
+    /// The agent's part of the cgroup hierarchy.
+    cgroup: PathBuf,
+    processes: Mutex<HashMap<Key, Arc<Process>>>,
+}
+
+/// Processes that have not been started: what they are to run.
+const PREPARED: &str = "prepared";
+const BUNDLES: &str = "bundles";
+const CONSOLES: &str = "consoles";
+
+impl Containers {
+    pub(crate) fn new(reaper: Reaper, cgroup: PathBuf) -> Self {
+        Self {
+            reaper,
+            cgroup,
+            processes: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn process(&self, container_id: &str, exec_id: &str) -> Result<Arc<Process>, AgentError> {
+        let found = self.processes().get(&key(container_id, exec_id)).cloned();
+        found.ok_or_else(|| {
+            AgentError::NotFound(if exec_id.is_empty() {
+                format!("there is no container {container_id}")
+            } else {
+                format!("there is no process {exec_id} in container {container_id}")
+            })
+        })
+    }
+
+    /// Makes a container and its init, which then waits for [`Self::start`].
+    pub(crate) async fn create(&self, id: &str, spec: &[u8], streams: Streams) -> Result<u32, AgentError> {
+        check_name(id)?;
+        let mut spec: Spec = serde_json::from_slice(spec).map_err(|error| {
+            AgentError::InvalidArgument(format!("the container's specification cannot be read: {error}"))
+        })?;
+        adapt(&mut spec, &self.cgroup.join(id), streams.terminal);
+        let process = self.insert(id, "", streams)?;
+        let result = self.create_with(id, &spec, &process).await;
+        if result.is_err() {
+            self.remove(id, "");
+            remove_files(id);
+        }
+        result
+    }
+
+    async fn create_with(&self, id: &str, spec: &Spec, process: &Process) -> Result<u32, AgentError> {
+        let bundle = folder(BUNDLES)?.join(id);
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&bundle)
+            .map_err(AgentError::failed("making the bundle's folder failed"))?;
+        make_folder(&runtime::records())?;
+        write_secret(&bundle.join("config.json"), &to_json(spec)?)?;
+        let since = Instant::now();
+        let pid = self.run(Work::Create { id, bundle: &bundle }, id, process).await?;
+        process.made(pid, &self.reaper, since, false);
+        Ok(pid.as_raw().unsigned_abs())
+    }
+
+    /// Runs the runtime for `process`, whose streams it connects.
+    async fn run(&self, work: Work<'_>, name: &str, process: &Process) -> Result<Pid, AgentError> {
+        let console = if process.has_terminal() {
+            let path = folder(CONSOLES)?.join(format!("{}-{}", &name[..name.len().min(40)], std::process::id()));
+            // One that a failed try left behind.
+            let _ = std::fs::remove_file(&path);
+            Some(ConsoleSocket::bind(path).map_err(AgentError::failed("making the console socket failed"))?)
+        } else {
+            None
+        };
+        let stdio = process
+            .make_pipes()
+            .map_err(AgentError::failed("making the streams' pipes failed"))?;
+        let pid = runtime::run(work, stdio, console.as_ref().map(ConsoleSocket::path)).await?;
+        if let Some(console) = console {
+            let master = console
+                .receive()
+                .map_err(AgentError::failed("the terminal did not arrive"))?;
+            process
+                .take_terminal(master)
+                .map_err(AgentError::failed("taking the terminal failed"))?;
+        }
+        Ok(pid)
+    }
+
+    /// Prepares a further process of a running container.
+    pub(crate) fn prepare(
+        &self,
+        container_id: &str,
+        exec_id: &str,
+        spec: &[u8],
+        streams: Streams,
+    ) -> Result<(), AgentError> {
+        check_name(exec_id)?;
+        if container_id != GUEST_CONTAINER_ID && !self.process(container_id, "")?.is_running() {
+            return Err(AgentError::FailedPrecondition(format!(
+                "container {container_id} does not run"
+            )));
+        }
+        let mut spec: ProcessSpec = serde_json::from_slice(spec).map_err(|error| {
+            AgentError::InvalidArgument(format!("the process's specification cannot be read: {error}"))
+        })?;
+        adapt_process(&mut spec, streams.terminal);
+        self.insert(container_id, exec_id, streams)?;
+        let written = prepared(container_id, exec_id).and_then(|path| write_secret(&path, &to_json(&spec)?));
+        if written.is_err() {
+            self.remove(container_id, exec_id);
+        }
+        written
+    }
+
+    /// Runs what was created or prepared.
+    pub(crate) async fn start(&self, container_id: &str, exec_id: &str) -> Result<u32, AgentError> {
+        let process = self.process(container_id, exec_id)?;
+        if process.has_started() {
+            return Err(AgentError::FailedPrecondition(
+                "the process has been started already".to_owned(),
+            ));
+        }
+        if exec_id.is_empty() {
+            let mut container = load(container_id)?;
+            container
+                .start()
+                .map_err(|error| failed("the container could not be started", &error))?;
+            process.started();
+        } else {
+            let path = prepared(container_id, exec_id)?;
+            let since = Instant::now();
+            let pid = if container_id == GUEST_CONTAINER_ID {
+                spawn_in_guest(&path, &process)?
+            } else {
+                self.run(
+                    Work::Exec {
+                        id: container_id,
+                        process: &path,
+                    },
+                    exec_id,
+                    &process,
+                )
+                .await?
+            };
+            process.made(pid, &self.reaper, since, true);
+            let _ = std::fs::remove_file(path);
+        }
+        Ok(process.pid().map_or(0, |pid| pid.as_raw().unsigned_abs()))
+    }
+
+    /// How the process ended, and whether its container has seen an OOM kill.
+    pub(crate) async fn wait(&self, container_id: &str, exec_id: &str) -> Result<(Exit, bool), AgentError> {
+        let exit = self.process(container_id, exec_id)?.wait().await?;
+        Ok((exit, cgroup::oom_killed(&self.cgroup_directory(container_id))))
+    }
+
+    pub(crate) fn signal(&self, container_id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), AgentError> {
+        let process = self.process(container_id, exec_id)?;
+        if !all {
+            return process.signal(signal);
+        }
+        let signal = i32::try_from(signal)
+            .ok()
+            .and_then(|number| Signal::try_from(number).ok());
+        let signal = signal.ok_or_else(|| AgentError::InvalidArgument("this is no signal".to_owned()))?;
+        for pid in self.pids(container_id)? {
+            match kill(Pid::from_raw(pid.cast_signed()), signal) {
+                Ok(()) | Err(nix::Error::ESRCH) => {}
+                Err(error) => return Err(AgentError::failed("a signal could not be sent")(error)),
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn resize(&self, container_id: &str, exec_id: &str, columns: u32, rows: u32) -> Result<(), AgentError> {
+        self.process(container_id, exec_id)?.resize(columns, rows)
+    }
+
+    /// Forgets a process that has ended or never ran; with an init goes its container.
+    pub(crate) async fn delete(&self, container_id: &str, exec_id: &str) -> Result<Exit, AgentError> {
+        let process = self.process(container_id, exec_id)?;
+        if process.is_running() {
+            return Err(AgentError::FailedPrecondition("the process still runs".to_owned()));
+        }
+        if exec_id.is_empty() {
+            let id = container_id.to_owned();
+            // It waits for the container's last processes, and for its cgroup to be empty.
+            let deleted = tokio::task::spawn_blocking(move || match load(&id) {
+                Ok(mut container) => container
+                    .delete(true)
+                    .map_err(|error| failed("the container could not be deleted", &error)),
+                Err(AgentError::NotFound(_)) => Ok(()),
+                Err(error) => Err(error),
+            });
+            deleted
+                .await
+                .map_err(AgentError::failed("deleting the container failed"))??;
+            remove_files(container_id);
+        } else if let Ok(path) = prepared(container_id, exec_id) {
+            let _ = std::fs::remove_file(path);
+        }
+        process.forgotten().cancel();
+        self.remove(container_id, exec_id);
+        Ok(process.exit().unwrap_or_else(|| Exit::now(0)))
+    }
+
+    /// Processes of a container, as pids of the guest.
+    pub(crate) fn pids(&self, container_id: &str) -> Result<Vec<u32>, AgentError> {
+        self.process(container_id, "")?;
+        cgroup::pids(&self.cgroup_directory(container_id))
+            .map_err(AgentError::failed("listing the container's processes failed"))
+    }
+
+    pub(crate) fn freeze(&self, container_id: &str, frozen: bool) -> Result<(), AgentError> {
+        self.process(container_id, "")?;
+        cgroup::freeze(&self.cgroup_directory(container_id), frozen).map_err(AgentError::failed(
+            "the container's processes could not be halted or released",
+        ))
+    }
+
+    pub(crate) fn update(&self, container_id: &str, resources: &[u8]) -> Result<(), AgentError> {
+        self.process(container_id, "")?;
+        let resources: LinuxResources = serde_json::from_slice(resources)
+            .map_err(|error| AgentError::InvalidArgument(format!("the limits cannot be read: {error}")))?;
+        let config = libcgroups::common::CgroupConfig {
+            cgroup_path: self.cgroup.join(container_id),
+            systemd_cgroup: false,
+            container_name: container_id.to_owned(),
+        };
+        let options = libcgroups::common::ControllerOpt {
+            resources: &resources,
+            disable_oom_killer: false,
+            oom_score_adj: None,
+            freezer_state: None,
+        };
+        use libcgroups::common::CgroupManager as _;
+        libcgroups::common::create_cgroup_manager(config)
+            .map_err(|error| failed("the container's cgroup is not there", &error))?
+            .apply(&options)
+            .map_err(|error| failed("the limits could not be set", &error))
+    }
+
+    /// The directory of a container's cgroup.
+    pub(crate) fn cgroup_directory(&self, container_id: &str) -> PathBuf {
+        cgroup::directory(&self.cgroup.join(container_id))
+    }
+
+    fn insert(&self, container_id: &str, exec_id: &str, streams: Streams) -> Result<Arc<Process>, AgentError> {
+        let mut processes = self.processes();
+        let key = key(container_id, exec_id);
+        if processes.contains_key(&key) {
+            return Err(AgentError::AlreadyExists(format!(
+                "{} exists already",
+                if exec_id.is_empty() { container_id } else { exec_id }
+            )));
+        }
+        let process = Arc::new(Process::new(streams));
+        processes.insert(key, process.clone());
+        Ok(process)
+    }
+
+    fn remove(&self, container_id: &str, exec_id: &str) {
+        self.processes().remove(&key(container_id, exec_id));
+    }
+
+    fn processes(&self) -> MutexGuard<'_, HashMap<Key, Arc<Process>>> {
+        // Every change leaves the map whole.
+        self.processes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn key(container_id: &str, exec_id: &str) -> Key {
+    (container_id.to_owned(), exec_id.to_owned())
+}
+
+/// Names become files' names.
+fn check_name(name: &str) -> Result<(), AgentError> {
+    let valid = name
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '+'));
+    if valid && !name.starts_with('.') && !name.is_empty() && name.len() <= 128 && name != GUEST_CONTAINER_ID {
+        Ok(())
+    } else {
+        Err(AgentError::InvalidArgument(format!("{name:?} cannot be a name")))
+    }
+}
+
+/// What holds for a container in this guest, whatever the host says: its cgroup is below the agent's, hooks are the host's affair,
+/// and there is no AppArmor or SELinux.
+fn adapt(spec: &mut Spec, cgroup: &Path, terminal: bool) {
+    spec.set_hooks(None);
+    if let Some(mut linux) = spec.linux().clone() {
+        linux.set_cgroups_path(Some(cgroup.to_owned()));
+        linux.set_mount_label(None);
+        spec.set_linux(Some(linux));
+    }
+    if let Some(mut process) = spec.process().clone() {
+        adapt_process(&mut process, terminal);
+        spec.set_process(Some(process));
+    }
+}
+
+fn adapt_process(process: &mut ProcessSpec, terminal: bool) {
+    process
+        .set_apparmor_profile(None)
+        .set_selinux_label(None)
+        .set_terminal(Some(terminal));
+}
+
+fn to_json(value: &impl serde::Serialize) -> Result<Vec<u8>, AgentError> {
+    serde_json::to_vec(value).map_err(AgentError::failed("writing a specification failed"))
+}
+
+fn load(id: &str) -> Result<Container, AgentError> {
+    let records = runtime::records().join(id);
+    if !records.exists() {
+        return Err(AgentError::NotFound(format!("there is no container {id}")));
+    }
+    Container::load(records).map_err(|error| failed("the container's record cannot be read", &error))
+}
+
+fn failed(what: &str, error: &dyn std::error::Error) -> AgentError {
+    AgentError::Failed {
+        what: what.to_owned(),
+        cause: runtime::chain(error),
+    }
+}
+
+fn make_folder(path: &Path) -> Result<(), AgentError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(AgentError::failed("making a folder failed"))
+}
+
+fn folder(name: &str) -> Result<PathBuf, AgentError> {
+    let path = Path::new(runtime::ROOT).join(name);
+    make_folder(&path)?;
+    Ok(path)
+}
+
+fn prepared(container_id: &str, exec_id: &str) -> Result<PathBuf, AgentError> {
+    Ok(folder(PREPARED)?.join(format!("{container_id}:{exec_id}.json")))
+}
+
+/// A specification may hold secrets in its environment.
+fn write_secret(path: &Path, bytes: &[u8]) -> Result<(), AgentError> {
+    let write = || -> io::Result<()> {
+        OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(path)?
+            .write_all(bytes)
+    };
+    write().map_err(AgentError::failed(format!("writing {} failed", path.display())))
+}
+
+fn remove_files(id: &str) {
+    for path in [
+        Path::new(runtime::ROOT).join(BUNDLES).join(id),
+        runtime::records().join(id),
+    ] {
+        match std::fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %path.display(), %error, "a container's files stay");
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A process in the guest's own namespaces, for whoever looks after the guest.
+fn spawn_in_guest(path: &Path, process: &Process) -> Result<Pid, AgentError> {
+    let text = std::fs::read(path).map_err(AgentError::failed("reading the prepared process failed"))?;
+    let spec: ProcessSpec =
+        serde_json::from_slice(&text).map_err(AgentError::failed("reading the prepared process failed"))?;
+    let arguments = spec.args().clone().unwrap_or_default();
+    let Some((program, arguments)) = arguments.split_first() else {
+        return Err(AgentError::InvalidArgument("the process has no program".to_owned()));
+    };
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .current_dir(if spec.cwd().as_os_str().is_empty() {
+            Path::new("/")
+        } else {
+            spec.cwd()
+        });
+    command.env_clear();
+    command.envs(
+        spec.env()
+            .iter()
+            .flatten()
+            .filter_map(|variable| variable.split_once('=')),
+    );
+
+    let terminal = if process.has_terminal() {
+        let pty = nix::pty::openpty(None, None).map_err(AgentError::failed("making a terminal failed"))?;
+        let slave = || {
+            pty.slave
+                .try_clone()
+                .map_err(AgentError::failed("making a terminal failed"))
+        };
+        command.stdin(slave()?).stdout(slave()?).stderr(slave()?);
+        // SAFETY: only setsid(2) and ioctl(2) between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                nix::unistd::setsid()?;
+                if libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
+                    Err(io::Error::last_os_error())
+                } else {
+                    Ok(())
+                }
+            });
+        }
+        Some(pty.master)
+    } else {
+        let stdio = process
+            .make_pipes()
+            .map_err(AgentError::failed("making the streams' pipes failed"))?;
+        command.stdin(stdio.stdin).stdout(stdio.stdout).stderr(stdio.stderr);
+        None
+    };
+    let child = command
+        .spawn()
+        .map_err(AgentError::failed(format!("{program} could not be started")))?;
+    if let Some(master) = terminal {
+        process
+            .take_terminal(master)
+            .map_err(AgentError::failed("taking the terminal failed"))?;
+    }
+    i32::try_from(child.id())
+        .map(Pid::from_raw)
+        .map_err(AgentError::failed("the process has no pid"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hooks_and_labels_of_the_host_do_not_reach_the_guest() {
+        let mut spec: Spec = serde_json::from_value(serde_json::json!({
+            "ociVersion": "1.0.2",
+            "hooks": {"prestart": [{"path": "/bin/evil"}]},
+            "process": {"user": {"uid": 0, "gid": 0}, "args": ["true"], "cwd": "/", "apparmorProfile": "cri"},
+            "linux": {"cgroupsPath": "/k8s.io/abc"},
+        }))
+        .unwrap();
+        adapt(&mut spec, Path::new("/system.slice/agent/abc"), true);
+        assert!(spec.hooks().is_none());
+        let process = spec.process().as_ref().unwrap();
+        assert_eq!((process.apparmor_profile(), process.terminal()), (&None, Some(true)));
+        let path = spec.linux().as_ref().unwrap().cgroups_path().clone();
+        assert_eq!(path.unwrap(), Path::new("/system.slice/agent/abc"));
+    }
+
+    #[test]
+    fn names_cannot_leave_their_folder() {
+        for name in ["", "..", ".hidden", "a/b", "a b", GUEST_CONTAINER_ID] {
+            assert!(check_name(name).is_err(), "{name}");
+        }
+        check_name("0af3-exec_1.b").unwrap();
+    }
+}

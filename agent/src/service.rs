@@ -1,0 +1,178 @@
+//! The calls of the protocol. Thin: each says what it wants of whom.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use coreos_kvm_proto::{PROTOCOL, agent as proto, agent_ttrpc::Agent};
+use ttrpc::r#async::TtrpcContext;
+
+use crate::{containers::Containers, error::AgentError, identity, mounts, network, reaper::Exit, stats};
+
+pub(crate) struct Service {
+    containers: Arc<Containers>,
+}
+
+impl Service {
+    pub(crate) fn new(containers: Arc<Containers>) -> Self {
+        Self { containers }
+    }
+}
+
+type Answer<T> = ttrpc::Result<T>;
+
+fn empty(result: Result<(), AgentError>) -> Answer<proto::Empty> {
+    Ok(result.map(|()| proto::Empty::default())?)
+}
+
+fn made(pid: u32) -> proto::CreateProcessResponse {
+    proto::CreateProcessResponse {
+        pid,
+        ..Default::default()
+    }
+}
+
+fn ended(exit: Exit, oom_killed: bool) -> proto::WaitProcessResponse {
+    proto::WaitProcessResponse {
+        exit_status: exit.status,
+        exited_at_ns: exit.at_ns,
+        oom_killed,
+        ..Default::default()
+    }
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn info(&self, _: &TtrpcContext, _: proto::InfoRequest) -> Answer<proto::InfoResponse> {
+        Ok(proto::InfoResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol: PROTOCOL,
+            kernel_release: identity::kernel_release(),
+            os_name: identity::os_name(),
+            ..Default::default()
+        })
+    }
+
+    async fn configure_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ConfigureSandboxRequest,
+    ) -> Answer<proto::Empty> {
+        identity::set_clock(request.wall_clock_ns)?;
+        identity::set_hostname(&request.hostname)?;
+        mounts::share(&request.shared_tag).await?;
+        mounts::shm(request.shm_size)?;
+        empty(identity::set_sysctls(&request.sysctls))
+    }
+
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ConfigureNetworkRequest,
+    ) -> Answer<proto::Empty> {
+        empty(network::configure(&request).await)
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: proto::CreateContainerRequest,
+    ) -> Answer<proto::CreateProcessResponse> {
+        let streams = request.streams.unwrap_or_default();
+        Ok(made(
+            self.containers
+                .create(&request.container_id, &request.spec, streams)
+                .await?,
+        ))
+    }
+
+    async fn create_exec(&self, _: &TtrpcContext, request: proto::CreateExecRequest) -> Answer<proto::Empty> {
+        let streams = request.streams.unwrap_or_default();
+        empty(
+            self.containers
+                .prepare(&request.container_id, &request.exec_id, &request.process, streams),
+        )
+    }
+
+    async fn create_guest_exec(&self, _: &TtrpcContext, request: proto::CreateExecRequest) -> Answer<proto::Empty> {
+        let streams = request.streams.unwrap_or_default();
+        let guest = coreos_kvm_proto::GUEST_CONTAINER_ID;
+        empty(
+            self.containers
+                .prepare(guest, &request.exec_id, &request.process, streams),
+        )
+    }
+
+    async fn start_process(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ProcessRequest,
+    ) -> Answer<proto::CreateProcessResponse> {
+        Ok(made(
+            self.containers.start(&request.container_id, &request.exec_id).await?,
+        ))
+    }
+
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ProcessRequest,
+    ) -> Answer<proto::WaitProcessResponse> {
+        let (exit, oom_killed) = self.containers.wait(&request.container_id, &request.exec_id).await?;
+        Ok(ended(exit, oom_killed))
+    }
+
+    async fn signal_process(&self, _: &TtrpcContext, request: proto::SignalProcessRequest) -> Answer<proto::Empty> {
+        empty(
+            self.containers
+                .signal(&request.container_id, &request.exec_id, request.signal, request.all),
+        )
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: proto::ResizePtyRequest) -> Answer<proto::Empty> {
+        empty(
+            self.containers
+                .resize(&request.container_id, &request.exec_id, request.columns, request.rows),
+        )
+    }
+
+    async fn delete_process(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ProcessRequest,
+    ) -> Answer<proto::WaitProcessResponse> {
+        Ok(ended(
+            self.containers.delete(&request.container_id, &request.exec_id).await?,
+            false,
+        ))
+    }
+
+    async fn list_pids(&self, _: &TtrpcContext, request: proto::ContainerRequest) -> Answer<proto::ListPidsResponse> {
+        let pids = self.containers.pids(&request.container_id)?;
+        Ok(proto::ListPidsResponse {
+            pids,
+            ..Default::default()
+        })
+    }
+
+    async fn update_resources(&self, _: &TtrpcContext, request: proto::UpdateResourcesRequest) -> Answer<proto::Empty> {
+        empty(self.containers.update(&request.container_id, &request.resources))
+    }
+
+    async fn pause_container(&self, _: &TtrpcContext, request: proto::ContainerRequest) -> Answer<proto::Empty> {
+        empty(self.containers.freeze(&request.container_id, true))
+    }
+
+    async fn resume_container(&self, _: &TtrpcContext, request: proto::ContainerRequest) -> Answer<proto::Empty> {
+        empty(self.containers.freeze(&request.container_id, false))
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: proto::ContainerRequest) -> Answer<proto::StatsResponse> {
+        self.containers.process(&request.container_id, "")?;
+        let directory = self.containers.cgroup_directory(&request.container_id);
+        Ok(stats::read(&directory).map_err(AgentError::failed("reading the container's cgroup failed"))?)
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: proto::Empty) -> Answer<proto::Empty> {
+        empty(identity::power_off())
+    }
+}
