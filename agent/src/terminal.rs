@@ -24,7 +24,9 @@ pub(crate) struct Terminal(Arc<AsyncFd<OwnedFd>>);
 impl Terminal {
     pub(crate) fn new(master: OwnedFd) -> io::Result<Self> {
         super::process::set_nonblocking(&master)?;
-        Ok(Self(Arc::new(AsyncFd::register(master)?)))
+        // SAFETY: the descriptor is owned by what is registered and closed with it, never before.
+        let registered = unsafe { AsyncFd::register(master) }?;
+        Ok(Self(Arc::new(registered)))
     }
 
     pub(crate) fn resize(&self, columns: u16, rows: u16) -> io::Result<()> {
