@@ -1,0 +1,139 @@
+//! Real machines on the reference guest. What these tests need is built by `devtool`; they fail where it is missing.
+//!
+//! Places, unless the environment names others: COREOS_KVM_GUESTS, the folder of guests (in the cache of devtool);
+//! COREOS_KVM_AGENT_DISK, the disk with the agent (in cargo's target folder); COREOS_KVM_TOOLS, the folder with virtiofsd
+//! and vhost-device-vsock (in the cache of devtool).
+
+// Each test program uses the part that it needs.
+#![allow(dead_code, unreachable_pub)]
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use coreos_kvm_launcher::{
+    accel::AccelerationChoice,
+    agent::{AgentClient, ProcessName},
+    config::Config,
+    guest::Guest,
+    machine::{Machine, Network},
+    state::StateDir,
+};
+use coreos_kvm_proto::{GUEST_CONTAINER_ID, agent::Streams};
+use tokio::sync::{Mutex, MutexGuard};
+
+/// Where `devtool` keeps what it has made.
+pub fn cache() -> PathBuf {
+    std::env::var_os("KUBECEPTION_CACHE").map_or_else(|| "/var/cache/kubeception".into(), PathBuf::from)
+}
+
+/// The path that `variable` names, else `default`; `advice` makes the latter.
+pub fn present(variable: &str, default: PathBuf, advice: &str) -> PathBuf {
+    let path = std::env::var_os(variable).map_or(default, PathBuf::from);
+    assert!(
+        path.exists(),
+        "{} is missing: {advice} makes it, or {variable} names another",
+        path.display()
+    );
+    path
+}
+
+pub mod container;
+pub mod spec;
+
+/// One machine at a time: each has a processor for itself while it boots.
+static TURN: Mutex<()> = Mutex::const_new(());
+
+pub struct Place {
+    pub config: Config,
+    root: tempfile::TempDir,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Place {
+    pub async fn new() -> Self {
+        let turn = TURN.lock().await;
+        assert!(nix::unistd::geteuid().is_root(), "machines are started by root");
+        let tools = present("COREOS_KVM_TOOLS", cache().join("tools/bin"), "`devtool setup`");
+        let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/x86_64-unknown-linux-gnu/release");
+        let root = tempfile::tempdir().unwrap();
+        let config = Config {
+            guests_dir: present("COREOS_KVM_GUESTS", cache().join("guests"), "`devtool image`"),
+            agent_disk: present("COREOS_KVM_AGENT_DISK", target.join("agent.erofs"), "`devtool test`"),
+            state_dir: root.path().join("state"),
+            virtiofsd: tools.join("virtiofsd"),
+            vhost_device_vsock: tools.join("vhost-device-vsock"),
+            ..Config::default()
+        };
+        Self {
+            config,
+            root,
+            _turn: turn,
+        }
+    }
+
+    pub fn machine(&self, name: &str) -> Machine {
+        Machine {
+            id: name.parse().unwrap(),
+            guest: Guest::load(&self.config.guests_dir, &self.config.guest).unwrap(),
+            vcpus: 1,
+            memory_mib: 512,
+            acceleration: AccelerationChoice::Auto,
+            ignition: None,
+            kernel_args: Vec::new(),
+            network: Network::None,
+            cgroup: Some(format!("coreos-kvm-test-{}-{name}", std::process::id()).into()),
+            boot_timeout: Duration::from_secs(120),
+        }
+    }
+
+    pub fn assert_nothing_is_left(&self, machine: &Machine) {
+        let state = StateDir::of(&self.config.state_dir, &machine.id);
+        assert!(!state.path().exists(), "{} is left", state.path().display());
+        let uids = self.config.state_dir.join(".uids");
+        let taken: Vec<_> = std::fs::read_dir(uids).into_iter().flatten().flatten().collect();
+        assert!(taken.is_empty(), "users are left: {taken:?}");
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(self.root.path().to_str().unwrap()), "{mounts}");
+        let cgroup = machine.cgroup.as_ref().unwrap();
+        for hierarchy in std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+            let path = hierarchy.path().join(cgroup);
+            assert!(!path.exists(), "{} is left", path.display());
+        }
+        for process in std::fs::read_dir("/proc").unwrap().flatten() {
+            let command = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let command = String::from_utf8_lossy(&command);
+            assert!(
+                !command.contains(self.root.path().to_str().unwrap()),
+                "{command} is left"
+            );
+        }
+    }
+}
+
+/// What a command in the guest's own namespaces prints, and its exit code.
+pub async fn run(agent: &AgentClient, command: &[&str]) -> (String, u32) {
+    let name = ProcessName {
+        container_id: GUEST_CONTAINER_ID,
+        exec_id: "test",
+    };
+    let process = serde_json::json!({ "args": command, "cwd": "/", "user": { "uid": 0, "gid": 0 }, "env": ["PATH=/usr/bin:/usr/sbin"] });
+    let streams = Streams {
+        stdout: true,
+        ..Default::default()
+    };
+    agent
+        .create_guest_exec("test", process.to_string().into_bytes(), streams)
+        .await
+        .unwrap();
+    let mut stdout = agent.output(name, false).await.unwrap();
+    agent.start_process(name).await.unwrap();
+    let mut text = Vec::new();
+    while let Some(bytes) = stdout.next().await.unwrap() {
+        text.extend_from_slice(bytes);
+    }
+    let exit = agent.wait_process(name).await.unwrap();
+    agent.delete_process(name).await.unwrap();
+    (String::from_utf8(text).unwrap(), exit.status)
+}
