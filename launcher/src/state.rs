@@ -198,6 +198,11 @@ impl StateDir {
         &self.path
     }
 
+    /// The directory in which mount points below [`StateDir::shared`] are made.
+    pub fn mount_points(&self) -> PathBuf {
+        self.path.join("mount-points")
+    }
+
     /// The directory that the guest sees by virtiofs.
     pub fn shared(&self) -> PathBuf {
         self.path.join("shared")

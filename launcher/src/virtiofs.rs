@@ -50,18 +50,21 @@ impl VirtioFsError {
     }
 }
 
-/// Makes the directory a mount point whose later mounts show in virtiofsd's namespace as well.
+/// Makes the two sides of the share: `points`, in which the host makes mount points, and `shared`, the same directory as the
+/// guest sees it; what is mounted below `shared` later shows in virtiofsd's namespace as well.
 ///
 /// # Errors
 /// Of mkdir(2) and mount(2).
-pub fn prepare(shared: &Path) -> Result<(), VirtioFsError> {
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o755)
-        .create(shared)
-        .map_err(VirtioFsError::io("making the directory", shared))?;
+pub fn prepare(points: &Path, shared: &Path) -> Result<(), VirtioFsError> {
+    for directory in [points, shared] {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(directory)
+            .map_err(VirtioFsError::io("making the directory", directory))?;
+    }
     let none: Option<&str> = None;
-    mount(Some(shared), shared, none, MsFlags::MS_BIND, none)
+    mount(Some(points), shared, none, MsFlags::MS_BIND, none)
         .map_err(VirtioFsError::io("making a mount of", shared))?;
     // Private first, so that the mount leaves the peer group of whatever it was bound from.
     for propagation in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {

@@ -78,6 +78,11 @@ impl Vm {
         &self.agent
     }
 
+    /// Directory in which mount points below [`Vm::shared_dir`] are made, out of the guest's reach.
+    pub fn mount_points_dir(&self) -> PathBuf {
+        self.state.mount_points()
+    }
+
     /// Host side of what the guest sees at [`coreos_kvm_proto::SHARED_MOUNT`]; mounts made below it show there.
     pub fn shared_dir(&self) -> PathBuf {
         self.state.shared()

@@ -221,7 +221,7 @@ async fn build(
     let another_wall = || wall.try_clone().map_err(VmError::io("duplicating descriptors"));
 
     // virtiofsd starts while the vsock device is waited for.
-    virtiofs::prepare(&state.shared())?;
+    virtiofs::prepare(&state.mount_points(), &state.shared())?;
     // As root, for the files of containers have any owner; it confines itself further.
     let confinement = Confinement {
         uid: None,

@@ -1,0 +1,68 @@
+//! What stands in a container's bundle, the directory that containerd makes for it: the specification, and what a later process
+//! needs to end the container's machine.
+
+use std::{
+    io,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::Spec;
+use serde::{Deserialize, Serialize};
+
+use crate::error::ShimError;
+
+const RECORD: &str = "coreos-kvm.json";
+const ADDRESS: &str = "address";
+
+/// Reads `config.json`.
+///
+/// # Errors
+/// When it cannot be read or is no OCI specification.
+pub(crate) fn spec(bundle: &Path) -> Result<Spec, ShimError> {
+    let path = bundle.join("config.json");
+    let reading = || format!("reading {}", path.display());
+    let text = std::fs::read(&path).map_err(ShimError::while_doing(reading()))?;
+    serde_json::from_slice(&text).map_err(ShimError::while_doing(reading()))
+}
+
+/// Which machine stands behind a sandbox's bundle. There is none beside a mere container.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub(crate) machine: String,
+    pub(crate) state_dir: PathBuf,
+}
+
+impl Record {
+    pub(crate) fn write(&self, bundle: &Path) -> Result<(), ShimError> {
+        let path = bundle.join(RECORD);
+        let write = || -> io::Result<()> {
+            let file = std::fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&path)?;
+            Ok(serde_json::to_writer(file, self)?)
+        };
+        write().map_err(ShimError::while_doing(format!("writing {}", path.display())))
+    }
+
+    /// None where no machine was ever to be.
+    pub(crate) fn read(bundle: &Path) -> Result<Option<Self>, ShimError> {
+        let path = bundle.join(RECORD);
+        let reading = || format!("reading {}", path.display());
+        match std::fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text)
+                .map(Some)
+                .map_err(ShimError::while_doing(reading())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(ShimError::while_doing(reading())(error)),
+        }
+    }
+}
+
+/// Writes down where the shim is reached: containerd 1.6 and 1.7 look there after their own restart.
+pub(crate) fn write_address(bundle: &Path, address: &str) -> io::Result<()> {
+    std::fs::write(bundle.join(ADDRESS), address)
+}

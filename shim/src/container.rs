@@ -1,0 +1,431 @@
+//! One container of the pod: its files on the host, its processes in the guest.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use containerd_shim_protos::{
+    api::Mount,
+    events::task::{TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart},
+};
+use coreos_kvm_launcher::agent::AgentError;
+use oci_spec::runtime::Spec;
+use protobuf::MessageField;
+use tokio::time::timeout;
+
+use crate::{
+    error::ShimError,
+    events::Events,
+    guestspec,
+    hypervisor::RunningMachine,
+    podspec::Role,
+    process::{Exit, KILLED, Process, State},
+    rootfs::ContainerFiles,
+    streams::Stdio,
+};
+
+/// Longest time that a lost connection to the agent stays without the machine's end, until the agent is asked anew.
+const LOST: Duration = Duration::from_secs(10);
+/// Longest time that an init's end waits for those of its container's other processes, which come first.
+const EXECS: Duration = Duration::from_secs(5);
+/// What a guest is given to power off when its sandbox is asked to end, rather than killed.
+const GRACE: Duration = Duration::from_secs(20);
+
+/// A container, known to containerd by its id.
+pub(crate) struct Container {
+    id: String,
+    bundle: String,
+    role: Role,
+    machine: Arc<dyn RunningMachine>,
+    events: Events,
+    init: Arc<Process>,
+    execs: Mutex<BTreeMap<String, Arc<Process>>>,
+    files: Mutex<Option<ContainerFiles>>,
+    paused: AtomicBool,
+}
+
+/// What containerd wants to have created.
+pub(crate) struct Wanted<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) bundle: &'a str,
+    pub(crate) role: Role,
+    pub(crate) spec: Spec,
+    pub(crate) rootfs: &'a [Mount],
+    pub(crate) stdio: Stdio,
+}
+
+impl Container {
+    /// Creates the container in the machine; its init then waits for its start. A sandbox is the machine, and has no process.
+    ///
+    /// # Errors
+    /// When the host or the guest cannot make it; nothing of it is left then.
+    pub(crate) async fn create(
+        machine: Arc<dyn RunningMachine>,
+        events: Events,
+        wanted: Wanted<'_>,
+    ) -> Result<Arc<Self>, ShimError> {
+        let stdio = wanted.stdio.open().await?;
+        let init = Process::new(wanted.id, "", wanted.stdio);
+        let mut files = None;
+        if wanted.role != Role::Sandbox {
+            let root = root_of(wanted.bundle, &wanted.spec);
+            let guest = guestspec::of(wanted.id, wanted.spec)?;
+            files = Some(ContainerFiles::mount(
+                &machine.share(),
+                wanted.id,
+                wanted.rootfs,
+                &root,
+                &guest.volumes,
+            )?);
+            let json = serde_json::to_vec(&guest.spec).map_err(ShimError::while_doing("writing the specification"))?;
+            machine
+                .agent()
+                .create_container(wanted.id, json, init.stdio.wanted())
+                .await?;
+            if let Err(error) = init.copies.start(machine.agent(), init.name(), stdio).await {
+                if let Err(problem) = machine.agent().delete_process(init.name()).await {
+                    tracing::warn!(container_id = wanted.id, %problem, "the guest still has the container");
+                }
+                return Err(error);
+            }
+        }
+        let container = Arc::new(Self {
+            id: wanted.id.to_owned(),
+            bundle: wanted.bundle.to_owned(),
+            role: wanted.role,
+            machine,
+            events,
+            init,
+            execs: Mutex::default(),
+            files: Mutex::new(files),
+            paused: AtomicBool::new(false),
+        });
+        if container.role != Role::Sandbox {
+            container.watch(container.init.clone());
+        }
+        Ok(container)
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(crate) fn bundle(&self) -> &str {
+        &self.bundle
+    }
+
+    pub(crate) fn role(&self) -> Role {
+        self.role
+    }
+
+    /// The pid of all its processes, see [`RunningMachine::pid`].
+    pub(crate) fn pid(&self) -> u32 {
+        self.machine.pid()
+    }
+
+    pub(crate) fn machine(&self) -> &Arc<dyn RunningMachine> {
+        &self.machine
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
+    }
+
+    /// The process of that name; an empty one is the init's.
+    pub(crate) fn process(&self, exec_id: &str) -> Result<Arc<Process>, ShimError> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        self.execs()
+            .get(exec_id)
+            .cloned()
+            .ok_or_else(|| ShimError::NotFound(format!("there is no process {exec_id} in the container {}", self.id)))
+    }
+
+    /// Prepares a further process: `spec` is the `process` object of the OCI specification (JSON).
+    pub(crate) async fn exec(&self, exec_id: &str, spec: Vec<u8>, stdio: Stdio) -> Result<(), ShimError> {
+        if self.role == Role::Sandbox {
+            return Err(ShimError::Unimplemented(
+                "a sandbox has no processes: `coreos-kvm exec` runs commands in the guest itself".to_owned(),
+            ));
+        }
+        if !self.init.is_running() {
+            return Err(ShimError::FailedPrecondition(format!(
+                "the container {} does not run",
+                self.id
+            )));
+        }
+        let process = Process::new(&self.id, exec_id, stdio);
+        {
+            let mut execs = self.execs();
+            if execs.contains_key(exec_id) {
+                return Err(ShimError::AlreadyExists(format!(
+                    "there is a process {exec_id} already"
+                )));
+            }
+            execs.insert(exec_id.to_owned(), process.clone());
+        }
+        let prepared = async {
+            let stdio = process.stdio.open().await?;
+            let agent = self.machine.agent();
+            agent.create_exec(process.name(), spec, process.stdio.wanted()).await?;
+            process.copies.start(agent, process.name(), stdio).await
+        };
+        if let Err(error) = prepared.await {
+            self.execs().remove(exec_id);
+            return Err(error);
+        }
+        self.events.publish(&TaskExecAdded {
+            container_id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+            ..Default::default()
+        });
+        Ok(())
+    }
+
+    /// Starts the init or a prepared process.
+    pub(crate) async fn start(self: &Arc<Self>, exec_id: &str) -> Result<(), ShimError> {
+        let process = self.process(exec_id)?;
+        let _turn = process.turn().await;
+        match process.state() {
+            State::Created => {}
+            State::Running => return Err(ShimError::FailedPrecondition("the process runs already".to_owned())),
+            State::Stopped(_) => {
+                return Err(ShimError::FailedPrecondition(
+                    "the process has ended already".to_owned(),
+                ));
+            }
+        }
+        if self.role != Role::Sandbox {
+            self.machine.agent().start_process(process.name()).await?;
+        }
+        process.set_running();
+        if process.is_init() {
+            self.events.publish(&TaskStart {
+                container_id: self.id.clone(),
+                pid: self.pid(),
+                ..Default::default()
+            });
+        } else {
+            self.events.publish(&TaskExecStarted {
+                container_id: self.id.clone(),
+                exec_id: exec_id.to_owned(),
+                pid: self.pid(),
+                ..Default::default()
+            });
+            self.watch(process.clone());
+        }
+        Ok(())
+    }
+
+    /// Follows a process in the guest to its end.
+    fn watch(self: &Arc<Self>, process: Arc<Process>) {
+        let container = self.clone();
+        tokio::spawn(async move {
+            let (status, oom_killed) = container.followed(&process).await;
+            if process.is_init() {
+                container.execs_stopped().await;
+            }
+            let _turn = process.turn().await;
+            if oom_killed && process.is_init() {
+                container.events.publish(&TaskOOM {
+                    container_id: container.id.clone(),
+                    ..Default::default()
+                });
+            }
+            container.ended(&process, status);
+        });
+    }
+
+    async fn followed(&self, process: &Process) -> (u32, bool) {
+        loop {
+            let error = match self.machine.agent().wait_process(process.name()).await {
+                Ok(exit) => return (exit.status, exit.oom_killed),
+                Err(error) => error,
+            };
+            if let AgentError::NotFound(_) = error {
+                tracing::warn!(
+                    container_id = self.id,
+                    exec_id = process.exec_id(),
+                    "the agent has lost a process"
+                );
+                return (KILLED, false);
+            }
+            // Mostly the machine is ending. If it is not, the agent is reached again, or fails and takes the machine with it.
+            if timeout(LOST, self.machine.exited()).await.is_ok() {
+                return (KILLED, false);
+            }
+            tracing::warn!(container_id = self.id, exec_id = process.exec_id(), %error, "the agent is asked again");
+        }
+    }
+
+    async fn execs_stopped(&self) {
+        let running: Vec<_> = self
+            .execs()
+            .values()
+            .filter(|exec| exec.is_running())
+            .map(|exec| exec.stopped())
+            .collect();
+        // Those of a container without a process namespace of its own may live on.
+        let _ = timeout(EXECS, futures::future::join_all(running)).await;
+    }
+
+    /// A process has ended: said once, by whoever sees it first.
+    fn ended(&self, process: &Process, status: u32) {
+        let started = process.is_running();
+        let Some(exit) = process.end(status) else { return };
+        // A prepared process that never came into being has no end to be heard of.
+        if started || process.is_init() {
+            self.events.publish(&TaskExit {
+                container_id: self.id.clone(),
+                id: if process.is_init() { &self.id } else { process.exec_id() }.to_owned(),
+                pid: self.pid(),
+                exit_status: exit.status,
+                exited_at: MessageField::some(exit.at),
+                ..Default::default()
+            });
+        }
+    }
+
+    /// The machine has ended, and all of this container's processes with it.
+    pub(crate) async fn machine_ended(&self, status: u32) {
+        let execs: Vec<_> = self.execs().values().cloned().collect();
+        for process in execs.iter().chain([&self.init]) {
+            // Whoever is starting it finds out by its own means, and publishes the start first.
+            let _turn = process.turn().await;
+            self.ended(process, status);
+        }
+    }
+
+    /// Sends a signal. To a sandbox, SIGKILL means the machine's end, other signals its powering off.
+    pub(crate) async fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<(), ShimError> {
+        let process = self.process(exec_id)?;
+        if process.has_stopped() {
+            return Err(ShimError::NotFound("the process has ended already".to_owned()));
+        }
+        if self.role != Role::Sandbox {
+            return Ok(self.machine.agent().signal_process(process.name(), signal, all).await?);
+        }
+        match i32::try_from(signal) {
+            Ok(libc::SIGKILL) => self.machine.shutdown(Duration::ZERO).await,
+            Ok(libc::SIGTERM | libc::SIGINT) => {
+                let machine = self.machine.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = machine.shutdown(GRACE).await {
+                        tracing::error!(%error, "the machine could not be ended");
+                    }
+                });
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) async fn resize(&self, exec_id: &str, columns: u32, rows: u32) -> Result<(), ShimError> {
+        let process = self.process(exec_id)?;
+        Ok(self.machine.agent().resize_pty(process.name(), columns, rows).await?)
+    }
+
+    pub(crate) async fn pause(&self) -> Result<(), ShimError> {
+        match self.role {
+            Role::Sandbox => self.machine.pause().await?,
+            _ => self.machine.agent().pause_container(&self.id).await?,
+        }
+        self.paused.store(true, Ordering::Relaxed);
+        self.events.publish(&TaskPaused {
+            container_id: self.id.clone(),
+            ..Default::default()
+        });
+        Ok(())
+    }
+
+    pub(crate) async fn resume(&self) -> Result<(), ShimError> {
+        match self.role {
+            Role::Sandbox => self.machine.resume().await?,
+            _ => self.machine.agent().resume_container(&self.id).await?,
+        }
+        self.paused.store(false, Ordering::Relaxed);
+        self.events.publish(&TaskResumed {
+            container_id: self.id.clone(),
+            ..Default::default()
+        });
+        Ok(())
+    }
+
+    /// Changes limits: the OCI specification's `linux.resources` as JSON.
+    pub(crate) async fn update(&self, resources: &[u8]) -> Result<(), ShimError> {
+        if self.role == Role::Sandbox {
+            return Err(ShimError::Unimplemented(
+                "the size of a running machine cannot be changed yet".to_owned(),
+            ));
+        }
+        let resources = guestspec::resources(resources)?;
+        Ok(self.machine.agent().update_resources(&self.id, resources).await?)
+    }
+
+    /// Forgets a process that has ended or never ran. With the init go the container's files, and with a sandbox or a container
+    /// alone its machine. May be tried again after an error.
+    pub(crate) async fn delete(&self, exec_id: &str) -> Result<Exit, ShimError> {
+        let process = self.process(exec_id)?;
+        let _turn = process.turn().await;
+        let state = process.state();
+        match state {
+            State::Running => return Err(ShimError::FailedPrecondition("the process still runs".to_owned())),
+            // What it has said until its end is taken before the guest forgets it.
+            State::Stopped(_) => process.copies.drain().await,
+            State::Created => {}
+        }
+        if self.role != Role::Sandbox {
+            match self.machine.agent().delete_process(process.name()).await {
+                Ok(_) | Err(AgentError::NotFound(_)) => {}
+                Err(error) if timeout(Duration::ZERO, self.machine.exited()).await.is_ok() => {
+                    tracing::debug!(container_id = self.id, %error, "the machine has ended, and the process with it");
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        process.copies.drain().await;
+        let exit = match state {
+            State::Stopped(exit) => exit,
+            _ => process.end(KILLED).unwrap_or_else(|| Exit::now(KILLED)),
+        };
+        if !process.is_init() {
+            self.execs().remove(exec_id);
+            return Ok(exit);
+        }
+        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let unmounted = files.map_or(Ok(()), ContainerFiles::unmount);
+        if self.role != Role::Member {
+            self.machine.shutdown(Duration::ZERO).await?;
+        }
+        if let Err(error) = unmounted {
+            // The machine's end unmounts everything below its directory.
+            tracing::warn!(container_id = self.id, %error, "files of the container stay until its machine ends");
+        }
+        self.events.publish(&TaskDelete {
+            container_id: self.id.clone(),
+            pid: self.pid(),
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.at.clone()),
+            ..Default::default()
+        });
+        Ok(exit)
+    }
+
+    fn execs(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Process>>> {
+        // Every change leaves the map whole.
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The root directory where containerd describes no mounts for it: that of the specification, relative to the bundle.
+fn root_of(bundle: &str, spec: &Spec) -> std::path::PathBuf {
+    let root = spec.root().as_ref().map_or(Path::new("rootfs"), |root| root.path());
+    Path::new(bundle).join(root)
+}

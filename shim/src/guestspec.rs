@@ -1,0 +1,287 @@
+//! The host's OCI specification of a container becomes the guest's: paths are the guest's, what belongs to the host (its
+//! namespaces, devices, hooks, labels, processors by number) is left out, everything that confines the process stays.
+
+use std::path::{Path, PathBuf};
+
+use coreos_kvm_proto::SHARED_MOUNT;
+use oci_spec::runtime::{LinuxCpu, LinuxNamespaceType, LinuxResources, Mount, Spec};
+
+use crate::error::ShimError;
+
+/// Where the guest has the /dev/shm of the pod.
+const GUEST_SHM: &str = "/run/coreos-kvm/shm";
+
+/// A file or directory of the host that the container sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Volume {
+    pub(crate) source: PathBuf,
+    /// Name below the container's part of the shared directory.
+    pub(crate) name: String,
+    /// The guest is not to write to it, whatever becomes of the guest.
+    pub(crate) read_only: bool,
+}
+
+/// A container as the guest is to make it, and what of the host it needs for that.
+#[derive(Debug)]
+pub(crate) struct GuestSpec {
+    pub(crate) spec: Spec,
+    pub(crate) volumes: Vec<Volume>,
+}
+
+/// Directory of the container's root, below its part of the shared directory.
+pub(crate) const ROOTFS: &str = "rootfs";
+const VOLUMES: &str = "volumes";
+
+/// Options of mount(8) about propagation: what is mounted on the host does not propagate through virtiofs anyway.
+const PROPAGATION: [&str; 8] = [
+    "shared",
+    "rshared",
+    "slave",
+    "rslave",
+    "private",
+    "rprivate",
+    "unbindable",
+    "runbindable",
+];
+
+/// # Errors
+/// When the container asks for what cannot be had inside a guest; with the way out.
+pub(crate) fn of(id: &str, mut spec: Spec) -> Result<GuestSpec, ShimError> {
+    let there = Path::new(SHARED_MOUNT).join(id);
+    let mut volumes = Vec::new();
+
+    if let Some(mut root) = spec.root().clone() {
+        root.set_path(there.join(ROOTFS));
+        spec.set_root(Some(root));
+    }
+    if let Some(mounts) = spec.mounts().clone() {
+        let mounts = mounts.into_iter().map(|mount| adapt_mount(mount, &there, &mut volumes));
+        spec.set_mounts(Some(mounts.collect()));
+    }
+    if let Some(mut linux) = spec.linux().clone() {
+        let mut kept = Vec::new();
+        for namespace in linux.namespaces().clone().unwrap_or_default() {
+            match (namespace.typ(), namespace.path()) {
+                // The guest's are the pod's.
+                (LinuxNamespaceType::Network | LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, _) => {}
+                (LinuxNamespaceType::User, _) => {
+                    return Err(ShimError::InvalidArgument(
+                        "user namespaces of the host mean nothing in a machine: remove `hostUsers: false`".to_owned(),
+                    ));
+                }
+                (LinuxNamespaceType::Pid, Some(_)) => {
+                    return Err(ShimError::Unimplemented(
+                        "containers of one machine do not share a process namespace yet: remove shareProcessNamespace"
+                            .to_owned(),
+                    ));
+                }
+                (_, Some(path)) => {
+                    return Err(ShimError::InvalidArgument(format!(
+                        "the namespace {} is the host's and cannot be entered from a machine",
+                        path.display()
+                    )));
+                }
+                (_, None) => kept.push(namespace),
+            }
+        }
+        linux.set_namespaces(Some(kept));
+        linux.set_uid_mappings(None).set_gid_mappings(None);
+        // Numbers of the host's devices are those of others in the guest. The usual ones are made without being named.
+        linux.set_devices(None);
+        linux.set_intel_rdt(None).set_mount_label(None);
+        linux.set_resources(linux.resources().as_ref().map(adapt_resources));
+        spec.set_linux(Some(linux));
+    }
+    if let Some(mut process) = spec.process().clone() {
+        process.set_apparmor_profile(None).set_selinux_label(None);
+        spec.set_process(Some(process));
+    }
+    spec.set_hooks(None).set_annotations(None);
+    // The guest has it already, and it is the pod's to set.
+    spec.set_hostname(None).set_domainname(None);
+    Ok(GuestSpec { spec, volumes })
+}
+
+fn adapt_mount(mut mount: Mount, there: &Path, volumes: &mut Vec<Volume>) -> Mount {
+    let options = mount.options().clone().unwrap_or_default();
+    let is_bind =
+        mount.typ().as_deref() == Some("bind") || options.iter().any(|option| option == "bind" || option == "rbind");
+    let Some(source) = mount.source().clone().filter(|_| is_bind) else {
+        return mount;
+    };
+    let options = options
+        .into_iter()
+        .filter(|option| !PROPAGATION.contains(&option.as_str()))
+        .collect::<Vec<_>>();
+    if mount.destination() == Path::new("/dev/shm") {
+        mount.set_source(Some(GUEST_SHM.into()));
+    } else {
+        let name = format!("{VOLUMES}/{}", volumes.len());
+        mount.set_source(Some(there.join(&name)));
+        volumes.push(Volume {
+            source,
+            name,
+            read_only: options.iter().any(|option| option == "ro" || option == "rro"),
+        });
+    }
+    mount.set_options(Some(options));
+    mount
+}
+
+/// Limits that mean the same inside: time, memory, processes. Processors and devices by number are the host's, and what
+/// the host's hugetlb, blkio, rdma and network controllers limit is limited there, for the whole machine.
+fn adapt_resources(resources: &LinuxResources) -> LinuxResources {
+    let mut inside = LinuxResources::default();
+    inside
+        .set_memory(*resources.memory())
+        .set_pids(*resources.pids())
+        .set_devices(resources.devices().clone())
+        .set_cpu(resources.cpu().as_ref().map(without_numbers));
+    inside
+}
+
+fn without_numbers(cpu: &LinuxCpu) -> LinuxCpu {
+    let mut cpu = cpu.clone();
+    cpu.set_cpus(None).set_mems(None);
+    // Of realtime scheduling there is nothing in cgroup v2.
+    cpu.set_realtime_period(None).set_realtime_runtime(None);
+    cpu
+}
+
+/// The limits of `UpdateTaskRequest`, JSON of the OCI specification's `linux.resources`, as they are inside.
+///
+/// # Errors
+/// When it is no such JSON.
+pub(crate) fn resources(json: &[u8]) -> Result<Vec<u8>, ShimError> {
+    let resources: LinuxResources = serde_json::from_slice(json)
+        .map_err(|error| ShimError::InvalidArgument(format!("the limits cannot be read: {error}")))?;
+    serde_json::to_vec(&adapt_resources(&resources)).map_err(ShimError::while_doing("writing the limits"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn inside(host: Value) -> Result<(Value, Vec<Volume>), ShimError> {
+        let guest = of("c1", serde_json::from_value(host).unwrap())?;
+        Ok((serde_json::to_value(guest.spec).unwrap(), guest.volumes))
+    }
+
+    fn host() -> Value {
+        json!({
+            "ociVersion": "1.0.2",
+            "hostname": "web-0",
+            "root": {"path": "rootfs", "readonly": true},
+            "process": {
+                "user": {"uid": 0, "gid": 0}, "args": ["true"], "cwd": "/", "noNewPrivileges": true,
+                "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "system_u:system_r:container_t:s0",
+                "capabilities": {"bounding": ["CAP_CHOWN"]},
+            },
+            "hooks": {"prestart": [{"path": "/usr/bin/hook"}]},
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"]},
+                {"destination": "/dev/shm", "type": "bind", "source": "/run/k3s/shm", "options": ["rbind", "ro"]},
+                {"destination": "/etc/hosts", "type": "bind", "source": "/var/lib/kubelet/hosts", "options": ["rbind", "rprivate", "rw"]},
+                {"destination": "/etc/secret", "type": "bind", "source": "/var/lib/kubelet/secret", "options": ["rbind", "ro"]},
+            ],
+            "linux": {
+                "namespaces": [
+                    {"type": "pid"}, {"type": "mount"}, {"type": "cgroup"},
+                    {"type": "network", "path": "/var/run/netns/cni-1"}, {"type": "ipc", "path": "/proc/1/ns/ipc"},
+                    {"type": "uts", "path": "/proc/1/ns/uts"},
+                ],
+                "devices": [{"path": "/dev/vda", "type": "b", "major": 254, "minor": 0}],
+                "resources": {"cpu": {"quota": 1000, "period": 2000, "cpus": "7"}, "memory": {"limit": 1048576}, "hugepageLimits": []},
+                "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"},
+                "maskedPaths": ["/proc/kcore"], "readonlyPaths": ["/proc/sys"],
+            },
+        })
+    }
+
+    #[test]
+    fn files_are_shared_under_numbers_and_read_only_stays_so() {
+        let (spec, volumes) = inside(host()).unwrap();
+        let volume = |name: &str, source: &str, read_only| Volume {
+            source: source.into(),
+            name: name.to_owned(),
+            read_only,
+        };
+        assert_eq!(
+            volumes,
+            [
+                volume("volumes/0", "/var/lib/kubelet/hosts", false),
+                volume("volumes/1", "/var/lib/kubelet/secret", true)
+            ]
+        );
+        let sources: Vec<_> = spec["mounts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|mount| &mount["source"])
+            .collect();
+        assert_eq!(
+            sources,
+            [
+                "proc",
+                "/run/coreos-kvm/shm",
+                "/run/coreos-kvm/shared/c1/volumes/0",
+                "/run/coreos-kvm/shared/c1/volumes/1"
+            ]
+        );
+        assert_eq!(spec["mounts"][2]["options"], json!(["rbind", "rw"]));
+        assert_eq!(
+            spec["root"],
+            json!({"path": "/run/coreos-kvm/shared/c1/rootfs", "readonly": true})
+        );
+    }
+
+    #[test]
+    fn what_is_the_hosts_stays_there() {
+        let (spec, _) = inside(host()).unwrap();
+        let types: Vec<_> = spec["linux"]["namespaces"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|namespace| &namespace["type"])
+            .collect();
+        assert_eq!(types, ["pid", "mount", "cgroup"]);
+        assert_eq!(spec["linux"].get("devices"), None);
+        assert_eq!(
+            spec["linux"]["resources"]["cpu"],
+            json!({"quota": 1000, "period": 2000})
+        );
+        assert_eq!(spec.get("hooks"), None);
+        assert_eq!(spec["process"].get("apparmorProfile"), None);
+        assert_eq!(spec.get("hostname"), None);
+    }
+
+    #[test]
+    fn what_confines_the_process_goes_along() {
+        let (spec, _) = inside(host()).unwrap();
+        assert_eq!(spec["process"]["noNewPrivileges"], true);
+        assert_eq!(spec["process"]["capabilities"]["bounding"], json!(["CAP_CHOWN"]));
+        assert_eq!(spec["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
+        assert_eq!(spec["linux"]["maskedPaths"], json!(["/proc/kcore"]));
+        assert_eq!(spec["linux"]["readonlyPaths"], json!(["/proc/sys"]));
+        assert_eq!(spec["linux"]["resources"]["memory"]["limit"], 1_048_576);
+    }
+
+    #[test]
+    fn namespaces_of_the_host_are_refused() {
+        for (namespace, word) in [
+            (
+                json!({"type": "pid", "path": "/proc/1/ns/pid"}),
+                "shareProcessNamespace",
+            ),
+            (json!({"type": "user"}), "hostUsers"),
+            (json!({"type": "mount", "path": "/proc/1/ns/mnt"}), "/proc/1/ns/mnt"),
+        ] {
+            let mut host = host();
+            host["linux"]["namespaces"] = json!([namespace]);
+            let error = inside(host).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! What a pod needs of a virtual machine: a trait, so that the shim's own logic is tried without one.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use coreos_kvm_launcher::{
+    agent::AgentClient,
+    config::Config,
+    machine::Machine,
+    vm::{self, Vm, VmError, VmExit},
+};
+
+use crate::{
+    bundle,
+    error::{ShimError, sentence},
+    rootfs::Share,
+};
+
+/// Starts machines.
+#[async_trait]
+pub(crate) trait Hypervisor: Send + Sync {
+    /// Answers when the machine's agent does. Dropped before, it undoes what it has made.
+    async fn start(&self, config: &Config, machine: Machine) -> Result<Arc<dyn RunningMachine>, ShimError>;
+
+    /// Removes what there is of a machine, however far its start has come.
+    async fn remove(&self, record: &bundle::Record) -> Result<(), ShimError>;
+}
+
+/// A machine whose agent answers.
+#[async_trait]
+pub(crate) trait RunningMachine: Send + Sync {
+    /// QEMU's process id: to containerd it is that of every process of the pod, for those inside have none on the host.
+    fn pid(&self) -> u32;
+    fn agent(&self) -> &AgentClient;
+    /// What the guest sees at `coreos_kvm_proto::SHARED_MOUNT`.
+    fn share(&self) -> Share;
+    /// Waits for the machine's end, however it comes about.
+    async fn exited(&self) -> VmExit;
+    /// Ends the machine, and frees what it held.
+    async fn shutdown(&self, grace: Duration) -> Result<(), ShimError>;
+    async fn pause(&self) -> Result<(), ShimError>;
+    async fn resume(&self) -> Result<(), ShimError>;
+}
+
+/// QEMU.
+pub(crate) struct Qemu;
+
+#[async_trait]
+impl Hypervisor for Qemu {
+    async fn start(&self, config: &Config, machine: Machine) -> Result<Arc<dyn RunningMachine>, ShimError> {
+        match Vm::start(config, machine).await {
+            Ok(vm) => Ok(Arc::new(vm)),
+            Err(error @ VmError::Provision(_)) => Err(ShimError::InvalidArgument(format!(
+                "the pod's annotation coreos-kvm.io/config-inline: {}",
+                sentence(&error)
+            ))),
+            Err(error @ VmError::Machine(_)) => Err(ShimError::invalid(error)),
+            Err(error) => Err(ShimError::Internal(sentence(&error))),
+        }
+    }
+
+    async fn remove(&self, record: &bundle::Record) -> Result<(), ShimError> {
+        let id = record.machine.parse().map_err(ShimError::invalid)?;
+        vm::destroy(&record.state_dir, &id)
+            .await
+            .map_err(|error| ShimError::Internal(sentence(&error)))
+    }
+}
+
+#[async_trait]
+impl RunningMachine for Vm {
+    fn pid(&self) -> u32 {
+        Vm::pid(self)
+    }
+
+    fn agent(&self) -> &AgentClient {
+        Vm::agent(self)
+    }
+
+    fn share(&self) -> Share {
+        Share {
+            points: self.mount_points_dir(),
+            shared: self.shared_dir(),
+        }
+    }
+
+    async fn exited(&self) -> VmExit {
+        Vm::exited(self).await
+    }
+
+    async fn shutdown(&self, grace: Duration) -> Result<(), ShimError> {
+        Vm::shutdown(self, grace)
+            .await
+            .map_err(|error| ShimError::Internal(sentence(&error)))
+    }
+
+    async fn pause(&self) -> Result<(), ShimError> {
+        Vm::pause(self)
+            .await
+            .map_err(ShimError::while_doing("halting the machine"))
+    }
+
+    async fn resume(&self) -> Result<(), ShimError> {
+        Vm::resume(self)
+            .await
+            .map_err(ShimError::while_doing("letting the machine go on"))
+    }
+}

@@ -1,0 +1,308 @@
+//! The pod: one machine and the containers in it.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use containerd_shim_protos::{
+    api::CreateTaskRequest,
+    events::task::{TaskCreate, TaskIO},
+};
+use coreos_kvm_launcher::config::Config;
+use oci_spec::runtime::Spec;
+use protobuf::MessageField;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    bundle,
+    container::{Container, Wanted},
+    containerd::{self, Containerd},
+    error::ShimError,
+    events::Events,
+    hypervisor::{Hypervisor, RunningMachine},
+    logging, options,
+    podspec::{self, Role},
+    process::{Exit, KILLED},
+    streams::Stdio,
+};
+
+/// The pod of this shim.
+pub(crate) struct Pod {
+    hypervisor: Box<dyn Hypervisor>,
+    containerd: Option<Containerd>,
+    events: Events,
+    contents: Mutex<Contents>,
+    closing: CancellationToken,
+}
+
+#[derive(Default)]
+struct Contents {
+    machine: Option<Arc<dyn RunningMachine>>,
+    /// The machine whose start is on its way.
+    booting: Option<bundle::Record>,
+    /// None: being created.
+    containers: BTreeMap<String, Option<Arc<Container>>>,
+}
+
+impl Pod {
+    /// An empty pod. Without a `containerd` its ports are not asked for.
+    pub(crate) fn new(hypervisor: Box<dyn Hypervisor>, containerd: Option<Containerd>, events: Events) -> Self {
+        Self {
+            hypervisor,
+            containerd,
+            events,
+            contents: Mutex::default(),
+            closing: CancellationToken::new(),
+        }
+    }
+
+    /// The container of that id, created in full.
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, ShimError> {
+        let found = self.contents().containers.get(id).cloned().flatten();
+        found.ok_or_else(|| ShimError::NotFound(format!("there is no container {id}")))
+    }
+
+    /// The machine, once it is there.
+    pub(crate) fn machine(&self) -> Option<Arc<dyn RunningMachine>> {
+        self.contents().machine.clone()
+    }
+
+    /// Creates what containerd asks for: the machine, a container in it, or both.
+    ///
+    /// # Errors
+    /// When it cannot be; nothing of it is left then.
+    pub(crate) async fn create(self: &Arc<Self>, request: &CreateTaskRequest) -> Result<Arc<Container>, ShimError> {
+        let reservation = Reservation::new(self, &request.id)?;
+        let container = tokio::select! {
+            container = self.created(request) => container?,
+            () = self.closing.cancelled() => {
+                return Err(ShimError::FailedPrecondition("the pod is being removed".to_owned()));
+            }
+        };
+        self.events.publish(&TaskCreate {
+            container_id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            rootfs: request.rootfs.clone(),
+            io: MessageField::some(TaskIO {
+                stdin: request.stdin.clone(),
+                stdout: request.stdout.clone(),
+                stderr: request.stderr.clone(),
+                terminal: request.terminal,
+                ..Default::default()
+            }),
+            pid: container.pid(),
+            ..Default::default()
+        });
+        reservation.fulfil(container.clone());
+        if container.role() != Role::Member {
+            self.watch(container.clone());
+        }
+        Ok(container)
+    }
+
+    async fn created(&self, request: &CreateTaskRequest) -> Result<Arc<Container>, ShimError> {
+        if !request.checkpoint.is_empty() {
+            return Err(ShimError::Unimplemented(
+                "containers cannot be restored from checkpoints yet".to_owned(),
+            ));
+        }
+        let spec = bundle::spec(Path::new(&request.bundle))?;
+        let role = podspec::role(&spec);
+        let machine = match role {
+            Role::Member => self
+                .machine()
+                .ok_or_else(|| ShimError::FailedPrecondition("the pod's machine does not run".to_owned()))?,
+            Role::Sandbox | Role::Alone => self.boot(request, &spec).await?,
+        };
+        let wanted = Wanted {
+            id: &request.id,
+            bundle: &request.bundle,
+            role,
+            spec,
+            rootfs: &request.rootfs,
+            stdio: Stdio {
+                stdin: request.stdin.clone(),
+                stdout: request.stdout.clone(),
+                stderr: request.stderr.clone(),
+                terminal: request.terminal,
+            },
+        };
+        let created = Container::create(machine.clone(), self.events.clone(), wanted).await;
+        if created.is_err() && role != Role::Member {
+            self.give_up(&machine).await;
+        }
+        created
+    }
+
+    /// Starts the pod's machine and makes its guest the pod's.
+    async fn boot(&self, request: &CreateTaskRequest, spec: &Spec) -> Result<Arc<dyn RunningMachine>, ShimError> {
+        if self.machine().is_some() {
+            return Err(ShimError::AlreadyExists("the pod has a machine already".to_owned()));
+        }
+        let path = options::config_path(request.options.as_ref())?;
+        let config = Config::load_or_default(path.as_deref()).map_err(ShimError::invalid)?;
+        logging::set_level(config.log_level);
+        let machine = podspec::machine(&request.id, spec, &config)?;
+        let record = bundle::Record {
+            machine: machine.id.to_string(),
+            state_dir: config.state_dir.clone(),
+        };
+        record.write(Path::new(&request.bundle))?;
+
+        self.contents().booting = Some(record);
+        let (machine, ports) = tokio::join!(self.hypervisor.start(&config, machine), self.ports(&request.id));
+        self.contents().booting = None;
+        let machine = machine?;
+        let identity = podspec::sandbox_request(&request.id, spec);
+        if let Err(error) = machine.agent().configure_sandbox(&identity).await {
+            self.give_up(&machine).await;
+            return Err(error.into());
+        }
+        tracing::info!(
+            sandbox_id = request.id,
+            qemu = machine.pid(),
+            ports,
+            "the pod's machine is up"
+        );
+        self.contents().machine = Some(machine.clone());
+        Ok(machine)
+    }
+
+    /// The pod's ports, for the log. In a machine that has the pod's addresses every port is the pod's, and those that the
+    /// node forwards are the CNI's: nothing has to be done for them, so not knowing them is no failure.
+    async fn ports(&self, id: &str) -> String {
+        let Some(containerd) = &self.containerd else {
+            return String::new();
+        };
+        match containerd.ports(id).await {
+            Ok(ports) => containerd::list(&ports),
+            Err(error) => {
+                tracing::warn!(sandbox_id = id, %error, "containerd does not tell the pod's ports");
+                String::new()
+            }
+        }
+    }
+
+    async fn give_up(&self, machine: &Arc<dyn RunningMachine>) {
+        self.contents().machine = None;
+        if let Err(error) = machine.shutdown(Duration::ZERO).await {
+            tracing::error!(%error, "the machine of a pod that is not to be could not be removed");
+        }
+    }
+
+    /// Waits for the machine's end, which is that of everything in it.
+    fn watch(self: &Arc<Self>, sandbox: Arc<Container>) {
+        let pod = self.clone();
+        tokio::spawn(async move {
+            let exit = sandbox.machine().exited().await;
+            if exit.orderly {
+                tracing::info!(sandbox_id = sandbox.id(), reason = exit.reason, "the machine has ended");
+            } else {
+                let console = exit.console.join(" | ");
+                tracing::warn!(
+                    sandbox_id = sandbox.id(),
+                    reason = exit.reason,
+                    console,
+                    "the machine has ended"
+                );
+            }
+            let containers: Vec<_> = pod.contents().containers.values().flatten().cloned().collect();
+            for container in containers.iter().filter(|container| container.id() != sandbox.id()) {
+                container.machine_ended(KILLED).await;
+            }
+            let is_sandbox = sandbox.role() == Role::Sandbox;
+            sandbox
+                .machine_ended(if exit.orderly && is_sandbox { 0 } else { KILLED })
+                .await;
+        });
+    }
+
+    /// Forgets a process; with an init goes its container.
+    pub(crate) async fn delete(&self, id: &str, exec_id: &str) -> Result<(Exit, u32), ShimError> {
+        let container = self.container(id)?;
+        let exit = container.delete(exec_id).await?;
+        if exec_id.is_empty() {
+            let mut contents = self.contents();
+            contents.containers.remove(id);
+            if container.role() != Role::Member {
+                contents.machine = None;
+            }
+        }
+        Ok((exit, container.pid()))
+    }
+
+    /// Closes the pod if nothing is in it; what is being created is given up.
+    pub(crate) fn close_if_empty(&self) {
+        if self.contents().containers.values().all(Option::is_none) {
+            self.closing.cancel();
+        }
+    }
+
+    /// Waits until the pod is closed.
+    pub(crate) async fn closed(&self) {
+        self.closing.cancelled().await;
+    }
+
+    /// Closes the pod and ends its machine, whatever is in it, also one that is just being started.
+    pub(crate) async fn end(&self, grace: Duration) {
+        self.closing.cancel();
+        let (machine, booting) = {
+            let mut contents = self.contents();
+            (contents.machine.clone(), contents.booting.take())
+        };
+        let removed = match (machine, booting) {
+            (Some(machine), _) => machine.shutdown(grace).await,
+            (None, Some(record)) => self.hypervisor.remove(&record).await,
+            (None, None) => Ok(()),
+        };
+        if let Err(error) = removed {
+            tracing::error!(%error, "something of the machine is left");
+        }
+    }
+
+    fn contents(&self) -> MutexGuard<'_, Contents> {
+        // Every change leaves the contents whole.
+        self.contents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A container's id while it is being created; dropping it frees the id.
+struct Reservation<'a> {
+    pod: &'a Pod,
+    id: &'a str,
+    fulfilled: bool,
+}
+
+impl<'a> Reservation<'a> {
+    fn new(pod: &'a Pod, id: &'a str) -> Result<Self, ShimError> {
+        let mut contents = pod.contents();
+        if contents.containers.contains_key(id) {
+            return Err(ShimError::AlreadyExists(format!("there is a container {id} already")));
+        }
+        contents.containers.insert(id.to_owned(), None);
+        Ok(Self {
+            pod,
+            id,
+            fulfilled: false,
+        })
+    }
+
+    fn fulfil(mut self, container: Arc<Container>) {
+        self.fulfilled = true;
+        self.pod
+            .contents()
+            .containers
+            .insert(self.id.to_owned(), Some(container));
+    }
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        if !self.fulfilled {
+            self.pod.contents().containers.remove(self.id);
+        }
+    }
+}

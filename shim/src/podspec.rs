@@ -1,0 +1,375 @@
+//! The one door by which a pod comes in: the OCI specification that containerd wrote for it becomes the description of a
+//! machine, checked against what the admin allows.
+
+use std::path::PathBuf;
+
+use coreos_kvm_launcher::{
+    cgroup,
+    config::{ANNOTATIONS, Config},
+    guest::Guest,
+    machine::{Machine, Network},
+};
+use coreos_kvm_proto::{SHARED_TAG, agent::ConfigureSandboxRequest};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use crate::{clock, error::ShimError};
+
+/// Prefix of the annotations by which a pod describes its machine.
+const PREFIX: &str = "coreos-kvm.io/";
+/// What the CRI plugin writes; `pkg/cri/annotations` in containerd's tree.
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+
+/// What a container is to its pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The CRI's sandbox: the machine itself. Its image and its process are not run.
+    Sandbox,
+    /// A container of a pod whose machine runs already.
+    Member,
+    /// A container that nobody calls part of a pod, as `ctr run` makes them: a pod of its own.
+    Alone,
+}
+
+/// What the specification says of the container's pod.
+pub(crate) fn role(spec: &Spec) -> Role {
+    match annotation(spec, CONTAINER_TYPE) {
+        Some("sandbox") => Role::Sandbox,
+        Some("container") => Role::Member,
+        _ => Role::Alone,
+    }
+}
+
+/// The id of the container's pod, if there is one.
+pub(crate) fn sandbox_id(spec: &Spec) -> Option<&str> {
+    annotation(spec, SANDBOX_ID)
+}
+
+fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
+    spec.annotations().as_ref()?.get(name).map(String::as_str)
+}
+
+/// The machine of the pod whose sandbox, or only container, is `id`.
+///
+/// # Errors
+/// Of what the pod's author wrote, or what a machine cannot do; with the way out.
+pub(crate) fn machine(id: &str, spec: &Spec, config: &Config) -> Result<Machine, ShimError> {
+    let wishes = Wishes::read(spec, config)?;
+    let linux = spec.linux().as_ref();
+    let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
+    let cgroup = cgroups_path
+        .map(|path| cgroup::directory(&path.to_string_lossy()))
+        .transpose()
+        .map_err(ShimError::invalid)?;
+    Ok(Machine {
+        id: id.parse().map_err(ShimError::invalid)?,
+        guest: Guest::load(&config.guests_dir, wishes.guest.unwrap_or(&config.guest)).map_err(ShimError::invalid)?,
+        vcpus: match wishes.vcpus {
+            Some(vcpus) => vcpus,
+            None => vcpus_of(spec, config)?,
+        },
+        memory_mib: match wishes.memory_mib {
+            Some(memory) => memory,
+            None => memory_of(spec, config)?,
+        },
+        acceleration: config.acceleration,
+        ignition: wishes.ignition.map(str::to_owned),
+        kernel_args: wishes.kernel_args,
+        network: network(spec)?,
+        cgroup: Some(cgroup.unwrap_or_else(|| PathBuf::from("coreos-kvm").join(id))),
+        boot_timeout: config.boot_timeout,
+    })
+}
+
+/// What makes the guest this pod's.
+pub(crate) fn sandbox_request(id: &str, spec: &Spec) -> ConfigureSandboxRequest {
+    let linux = spec.linux().as_ref();
+    ConfigureSandboxRequest {
+        sandbox_id: id.to_owned(),
+        hostname: spec.hostname().clone().unwrap_or_default(),
+        shared_tag: SHARED_TAG.to_owned(),
+        shm_size: 0,
+        sysctls: linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
+        wall_clock_ns: clock::now_ns(),
+        ..Default::default()
+    }
+}
+
+/// The annotations of a pod, each allowed and read.
+#[derive(Default)]
+struct Wishes<'a> {
+    ignition: Option<&'a str>,
+    guest: Option<&'a str>,
+    kernel_args: Vec<String>,
+    memory_mib: Option<u64>,
+    vcpus: Option<u32>,
+}
+
+impl<'a> Wishes<'a> {
+    fn read(spec: &'a Spec, config: &Config) -> Result<Self, ShimError> {
+        let mut wishes = Self::default();
+        for (key, value) in spec.annotations().iter().flatten() {
+            let Some(name) = key.strip_prefix(PREFIX) else { continue };
+            if !ANNOTATIONS.contains(&name) {
+                return Err(ShimError::InvalidArgument(format!(
+                    "there is no annotation {key}; those of this runtime are {PREFIX}{{{}}}",
+                    ANNOTATIONS.join(", ")
+                )));
+            }
+            if !config.allows_annotation(name) {
+                return Err(ShimError::InvalidArgument(format!(
+                    "the annotation {key} is not allowed on this node; its admin can allow it by `annotations` in config.toml"
+                )));
+            }
+            match name {
+                "config-inline" => wishes.ignition = Some(value),
+                "guest" => wishes.guest = Some(value),
+                "kernel-args" => wishes.kernel_args = value.split_ascii_whitespace().map(str::to_owned).collect(),
+                "memory" => wishes.memory_mib = Some(memory(key, value, config)?),
+                "vcpus" => wishes.vcpus = Some(vcpus(key, value, config)?),
+                // Not to be reached: a name of ANNOTATIONS that is not read here must not be taken for one that works.
+                _ => {
+                    return Err(ShimError::Unimplemented(format!(
+                        "the annotation {key} does not work yet"
+                    )));
+                }
+            }
+        }
+        Ok(wishes)
+    }
+}
+
+fn vcpus(key: &str, value: &str, config: &Config) -> Result<u32, ShimError> {
+    match value.trim().parse() {
+        Ok(vcpus) if (1..=config.max_vcpus).contains(&vcpus) => Ok(vcpus),
+        _ => Err(ShimError::InvalidArgument(format!(
+            "the annotation {key} has {value:?}: a number of processors from 1 to {} is expected",
+            config.max_vcpus
+        ))),
+    }
+}
+
+fn memory(key: &str, value: &str, config: &Config) -> Result<u64, ShimError> {
+    match mebibytes(value) {
+        Some(mib) if (1..=config.max_memory_mib).contains(&mib) => Ok(mib),
+        _ => Err(ShimError::InvalidArgument(format!(
+            "the annotation {key} has {value:?}: an amount of memory up to {}Mi is expected, such as 768Mi or 2Gi",
+            config.max_memory_mib
+        ))),
+    }
+}
+
+/// An amount as Kubernetes writes it (`k8s.io/apimachinery/pkg/api/resource`, whole numbers only), in MiB, rounded up.
+fn mebibytes(text: &str) -> Option<u64> {
+    const UNITS: [(&str, u64); 8] = [
+        ("Ki", 1 << 10),
+        ("Mi", 1 << 20),
+        ("Gi", 1 << 30),
+        ("Ti", 1 << 40),
+        ("k", 1_000),
+        ("M", 1_000_000),
+        ("G", 1_000_000_000),
+        ("T", 1_000_000_000_000),
+    ];
+    let text = text.trim();
+    let unit = UNITS
+        .iter()
+        .find_map(|(unit, bytes)| Some((text.strip_suffix(unit)?, *bytes)));
+    let (number, bytes) = unit.unwrap_or((text, 1));
+    if !number.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    Some(number.parse::<u64>().ok()?.checked_mul(bytes)?.div_ceil(1 << 20))
+}
+
+/// The pod's limits as the kubelet told them; None where it set none.
+fn limit(spec: &Spec, name: &str) -> Option<u64> {
+    annotation(spec, name)?.parse().ok().filter(|limit| *limit > 0)
+}
+
+/// As many processors as the pod's containers may use together.
+fn vcpus_of(spec: &Spec, config: &Config) -> Result<u32, ShimError> {
+    let (Some(quota), Some(period)) = (limit(spec, SANDBOX_CPU_QUOTA), limit(spec, SANDBOX_CPU_PERIOD)) else {
+        return Ok(config.vcpus);
+    };
+    let wanted = quota.div_ceil(period);
+    match u32::try_from(wanted) {
+        Ok(vcpus) if vcpus <= config.max_vcpus => Ok(vcpus),
+        _ => Err(ShimError::InvalidArgument(format!(
+            "the limits of the pod's containers add up to {wanted} processors; `max_vcpus` in config.toml allows {}",
+            config.max_vcpus
+        ))),
+    }
+}
+
+/// What the pod's containers may use together, and what the guest needs beside them.
+fn memory_of(spec: &Spec, config: &Config) -> Result<u64, ShimError> {
+    let Some(bytes) = limit(spec, SANDBOX_MEMORY) else {
+        return Ok(config.memory_mib);
+    };
+    let wanted = bytes.div_ceil(1 << 20).saturating_add(config.guest_memory_overhead_mib);
+    if wanted > config.max_memory_mib {
+        return Err(ShimError::InvalidArgument(format!(
+            "the pod's containers and its guest need {wanted} MiB of memory; `max_memory_mib` in config.toml allows {}",
+            config.max_memory_mib
+        )));
+    }
+    Ok(wanted)
+}
+
+/// The network namespace that the CNI has furnished for the pod; a namespace without a path is a new and empty one.
+fn network(spec: &Spec) -> Result<Network, ShimError> {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let network = namespaces
+        .into_iter()
+        .flatten()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+    match network.map(|namespace| namespace.path()) {
+        Some(Some(netns)) => Ok(Network::Tap {
+            netns: netns.clone(),
+            redirects: Vec::new(),
+        }),
+        Some(None) => Ok(Network::None),
+        None => Err(ShimError::InvalidArgument(
+            "a machine cannot be on the node's own network: remove hostNetwork from the pod, or use another runtime class"
+                .to_owned(),
+        )),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use rstest::rstest;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// A guests' directory with one guest of empty files, as far as the description of a machine goes.
+    pub(crate) fn config(root: &std::path::Path) -> Config {
+        let guest = root.join("guests/reference");
+        std::fs::create_dir_all(&guest).unwrap();
+        for (file, size) in [("vmlinuz", 4096), ("initrd.img", 4096), ("root.erofs", 4096)] {
+            std::fs::write(guest.join(file), vec![0; size]).unwrap();
+        }
+        let description = "name = \"reference\"\nkernel = \"vmlinuz\"\ninitramfs = \"initrd.img\"\nroot = \"root.erofs\"\n\
+             root_format = \"raw\"\nkernel_args = \"root=/dev/vda ro\"\nignition_fw_cfg = \"opt/com.coreos/config\"\n\
+             ignition_versions = [\"3.3.0\"]\nmin_memory_mib = 192\n\n[files]\n\"vmlinuz\" = {size = 4096}\n\
+             \"initrd.img\" = {size = 4096}\n\"root.erofs\" = {size = 4096}\n";
+        std::fs::write(guest.join("guest.toml"), description).unwrap();
+        Config {
+            guests_dir: root.join("guests"),
+            state_dir: root.join("state"),
+            ..Config::default()
+        }
+    }
+
+    pub(crate) fn spec(annotations: Value) -> Spec {
+        serde_json::from_value(json!({
+            "ociVersion": "1.0.2",
+            "hostname": "web-0",
+            "process": {"user": {"uid": 0, "gid": 0}, "args": ["/pause"], "cwd": "/"},
+            "root": {"path": "rootfs"},
+            "annotations": annotations,
+            "linux": {
+                "cgroupsPath": "/kubepods/pod1/abc",
+                "sysctl": {"net.ipv4.ip_unprivileged_port_start": "0"},
+                "namespaces": [{"type": "pid"}, {"type": "network", "path": "/var/run/netns/cni-1"}],
+            },
+        }))
+        .unwrap()
+    }
+
+    fn described(annotations: Value) -> Result<Machine, ShimError> {
+        let root = tempfile::tempdir().unwrap();
+        machine("abc", &spec(annotations), &config(root.path()))
+    }
+
+    #[test]
+    fn a_pod_without_wishes_has_the_sizes_of_the_configuration() {
+        let machine = described(json!({})).unwrap();
+        assert_eq!((machine.vcpus, machine.memory_mib), (1, 512));
+        assert_eq!(machine.cgroup, Some("kubepods/pod1/abc".into()));
+        let netns = "/var/run/netns/cni-1".into();
+        assert_eq!(
+            machine.network,
+            Network::Tap {
+                netns,
+                redirects: vec![]
+            }
+        );
+    }
+
+    #[test]
+    fn a_pod_is_sized_by_its_containers_limits() {
+        let machine = described(json!({
+            SANDBOX_CPU_PERIOD: "100000",
+            SANDBOX_CPU_QUOTA: "250000",
+            SANDBOX_MEMORY: "134217729",
+        }))
+        .unwrap();
+        assert_eq!((machine.vcpus, machine.memory_mib), (3, 129 + 256));
+    }
+
+    #[test]
+    fn what_the_pod_says_goes_before_its_limits() {
+        let machine = described(json!({
+            SANDBOX_MEMORY: "134217728",
+            "coreos-kvm.io/memory": "1Gi",
+            "coreos-kvm.io/vcpus": "2",
+            "coreos-kvm.io/config-inline": "{}",
+        }))
+        .unwrap();
+        assert_eq!((machine.vcpus, machine.memory_mib), (2, 1024));
+        assert_eq!(machine.ignition.as_deref(), Some("{}"));
+    }
+
+    #[rstest]
+    #[case("coreos-kvm.io/vcpu", "2", &["coreos-kvm.io/vcpu", "vcpus", "config-inline"])]
+    #[case("coreos-kvm.io/kernel-args", "single", &["kernel-args", "config.toml"])]
+    #[case("coreos-kvm.io/vcpus", "33", &["\"33\"", "1 to 32"])]
+    #[case("coreos-kvm.io/vcpus", "many", &["\"many\"", "1 to 32"])]
+    #[case("coreos-kvm.io/memory", "lots", &["\"lots\"", "65536Mi", "768Mi"])]
+    #[case("coreos-kvm.io/memory", "1Ti", &["\"1Ti\"", "65536Mi"])]
+    #[case("coreos-kvm.io/guest", "nonesuch", &["nonesuch", "reference"])]
+    #[case(SANDBOX_MEMORY, "109951162777600", &["104857856 MiB", "65536"])]
+    fn what_cannot_be_is_told_with_what_can(#[case] key: &str, #[case] value: &str, #[case] words: &[&str]) {
+        let error = described(json!({ key: value })).unwrap_err().to_string();
+        for word in words {
+            assert!(error.contains(word), "{word} is not in: {error}");
+        }
+    }
+
+    #[rstest]
+    #[case("768Mi", Some(768))]
+    #[case("2Gi", Some(2048))]
+    #[case("1", Some(1))]
+    #[case("1000M", Some(954))]
+    #[case("1.5Gi", None)]
+    #[case("-1", None)]
+    #[case("+1", None)]
+    #[case("Mi", None)]
+    #[case("99999999999999Ti", None)]
+    fn amounts_are_read_as_kubernetes_writes_them(#[case] text: &str, #[case] mib: Option<u64>) {
+        assert_eq!(mebibytes(text), mib);
+    }
+
+    #[test]
+    fn the_nodes_network_is_refused() {
+        let mut spec = spec(json!({}));
+        let mut linux = spec.linux().clone().unwrap();
+        linux.set_namespaces(None);
+        spec.set_linux(Some(linux));
+        assert!(network(&spec).unwrap_err().to_string().contains("hostNetwork"));
+    }
+
+    #[test]
+    fn the_guest_is_told_the_pods_name_and_settings() {
+        let request = sandbox_request("abc", &spec(json!({})));
+        assert_eq!(request.hostname, "web-0");
+        assert_eq!(request.sysctls["net.ipv4.ip_unprivileged_port_start"], "0");
+        assert!(request.wall_clock_ns > 0);
+    }
+}

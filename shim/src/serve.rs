@@ -1,0 +1,111 @@
+//! The shim's main part: serves containerd's Task API for one pod, from its first container to its last.
+
+use std::{
+    env, io,
+    os::{fd::AsFd, unix::net::UnixListener as StdListener},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context;
+use containerd_shim::{Flags, socket_address};
+use nix::unistd::{dup2_stdin, setsid};
+use tokio::{
+    net::UnixListener,
+    signal::unix::{SignalKind, signal},
+    time::timeout,
+};
+use ttrpc::r#async::{Server, transport::Listener};
+
+use crate::{
+    bootstrap::socket_path,
+    containerd::Containerd,
+    events::{self, Events},
+    hypervisor::Qemu,
+    logging,
+    pod::Pod,
+    service::Service,
+};
+
+/// containerd's ttrpc socket, for events.
+const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
+/// Longest time for the last events and answers to reach containerd.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// What a guest is given to power off when the node goes down.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Serves on the socket that is this process's stdin until the pod is gone.
+pub(crate) fn serve(flags: &Flags) -> anyhow::Result<()> {
+    let bundle = env::current_dir().context("the bundle, the current directory, is gone")?;
+    logging::init(&bundle, flags.debug);
+    let served = run(flags);
+    if let Err(error) = &served {
+        tracing::error!(error = format!("{error:#}"), "the shim ends");
+    }
+    served
+}
+
+fn run(flags: &Flags) -> anyhow::Result<()> {
+    let socket = take_stdin().context("taking over the socket")?;
+    // A session of its own: whatever is sent to containerd's terminal or process group is not for the pod.
+    setsid().context("making a session")?;
+    env::set_current_dir("/").context("leaving the bundle")?;
+    // The machine's processes end with the thread that started them, which therefore is this one.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        // Only files and mounts are left to other threads.
+        .max_blocking_threads(4)
+        .build()
+        .context("starting the runtime")?;
+    runtime.block_on(served(flags, socket))
+}
+
+async fn served(flags: &Flags, socket: StdListener) -> anyhow::Result<()> {
+    let address = env::var(TTRPC_ADDRESS).unwrap_or_else(|_| format!("{}.ttrpc", flags.address));
+    let (events, queue) = Events::queue(&flags.namespace);
+    let forwarding = events::forward(address, queue);
+    let containerd = Containerd {
+        address: flags.address.clone(),
+        namespace: flags.namespace.clone(),
+    };
+    let pod = Arc::new(Pod::new(Box::new(Qemu), Some(containerd), events));
+
+    socket.set_nonblocking(true).context("preparing the socket")?;
+    let listener = UnixListener::from_std(socket).context("preparing the socket")?;
+    let incoming = futures::stream::unfold(listener, |listener| async move {
+        let connection = listener.accept().await.map(|(stream, _)| stream);
+        Some((connection, listener))
+    });
+    let mut server = Server::new()
+        .add_listener(Listener::new(incoming))
+        .register_service(Service::new(pod.clone()).both_versions());
+    server.start().await.context("serving")?;
+    tracing::info!(id = flags.id, version = env!("CARGO_PKG_VERSION"), "the shim serves");
+
+    let mut terminate = signal(SignalKind::terminate()).context("waiting for signals")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("waiting for signals")?;
+    let grace = tokio::select! {
+        () = pod.closed() => Duration::ZERO,
+        _ = terminate.recv() => GRACE,
+        _ = interrupt.recv() => GRACE,
+    };
+    pod.end(grace).await;
+
+    // The answer to Shutdown is still on its way; then the last events are.
+    let _ = timeout(FAREWELL, server.shutdown()).await;
+    drop((server, pod));
+    let _ = timeout(FAREWELL, forwarding).await;
+    let socket = socket_path(&socket_address(&flags.address, &flags.namespace, &flags.id));
+    if let Err(error) = std::fs::remove_file(&socket) {
+        tracing::debug!(%error, socket = %socket.display(), "the socket stays");
+    }
+    tracing::info!(id = flags.id, "the shim ends");
+    Ok(())
+}
+
+fn take_stdin() -> io::Result<StdListener> {
+    let socket = io::stdin().as_fd().try_clone_to_owned()?;
+    let null = std::fs::File::open("/dev/null")?;
+    dup2_stdin(&null)?;
+    Ok(socket.into())
+}
