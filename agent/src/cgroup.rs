@@ -6,11 +6,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::unistd::Pid;
+
 /// Where the guest has the hierarchy.
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// Moves the agent to a leaf, and answers the subtree's path relative to the hierarchy's root.
-pub(crate) fn own() -> io::Result<PathBuf> {
+/// Moves `processes`, which are the agent's, to a leaf, and answers the subtree's path relative to the hierarchy's root.
+pub(crate) fn own(processes: &[Pid]) -> io::Result<PathBuf> {
     let text = fs::read_to_string("/proc/self/cgroup")?;
     let own = text.lines().find_map(|line| line.strip_prefix("0::")).ok_or_else(|| {
         io::Error::new(
@@ -21,7 +23,9 @@ pub(crate) fn own() -> io::Result<PathBuf> {
     let own = PathBuf::from(own);
     let leaf = directory(&own).join("agent");
     fs::create_dir_all(&leaf)?;
-    fs::write(leaf.join("cgroup.procs"), "0")?;
+    for pid in processes {
+        fs::write(leaf.join("cgroup.procs"), pid.to_string())?;
+    }
     let controllers = fs::read_to_string(directory(&own).join("cgroup.controllers"))?;
     for controller in controllers.split_ascii_whitespace() {
         if let Err(error) = fs::write(directory(&own).join("cgroup.subtree_control"), format!("+{controller}")) {

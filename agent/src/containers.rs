@@ -20,14 +20,15 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use oci_spec::runtime::{LinuxResources, Process as ProcessSpec, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process as ProcessSpec, Spec};
 
 use crate::{
     cgroup,
     error::AgentError,
+    passwd,
     process::Process,
     reaper::{Exit, Reaper},
-    runtime::{self, ConsoleSocket, Work},
+    runtime::{self, ConsoleSocket, Order, Target, zygote::Zygote},
 };
 
 type Key = (String, String);
@@ -35,6 +36,7 @@ type Key = (String, String);
 /// All processes, by container and exec.
 pub(crate) struct Containers {
     reaper: Reaper,
+    zygote: Zygote,
     /// The agent's part of the cgroup hierarchy.
     cgroup: PathBuf,
     processes: Mutex<HashMap<Key, Arc<Process>>>,
@@ -46,9 +48,10 @@ const BUNDLES: &str = "bundles";
 const CONSOLES: &str = "consoles";
 
 impl Containers {
-    pub(crate) fn new(reaper: Reaper, cgroup: PathBuf) -> Self {
+    pub(crate) fn new(reaper: Reaper, zygote: Zygote, cgroup: PathBuf) -> Self {
         Self {
             reaper,
+            zygote,
             cgroup,
             processes: Mutex::default(),
         }
@@ -90,15 +93,26 @@ impl Containers {
         make_folder(&runtime::records())?;
         write_secret(&bundle.join("config.json"), &to_json(spec)?)?;
         let since = Instant::now();
-        let pid = self.run(Work::Create { id, bundle: &bundle }, id, process).await?;
+        let order = |console| Order::Create {
+            id: id.to_owned(),
+            bundle,
+            console,
+        };
+        let pid = self.run(order, id, process, None).await?;
         process.made(pid, &self.reaper, since, false);
         Ok(pid.as_raw().unsigned_abs())
     }
 
-    /// Runs the runtime for `process`, whose streams it connects.
-    async fn run(&self, work: Work<'_>, name: &str, process: &Process) -> Result<Pid, AgentError> {
+    /// Has `process` made by the runtime, and connects its streams.
+    async fn run(
+        &self,
+        order: impl FnOnce(Option<PathBuf>) -> Order,
+        name: &str,
+        process: &Process,
+        target: Option<Target>,
+    ) -> Result<Pid, AgentError> {
         let console = if process.has_terminal() {
-            let path = folder(CONSOLES)?.join(format!("{}-{}", &name[..name.len().min(40)], std::process::id()));
+            let path = folder(CONSOLES)?.join(&name[..name.len().min(40)]);
             // One that a failed try left behind.
             let _ = std::fs::remove_file(&path);
             Some(ConsoleSocket::bind(path).map_err(AgentError::failed("making the console socket failed"))?)
@@ -108,7 +122,8 @@ impl Containers {
         let stdio = process
             .make_pipes()
             .map_err(AgentError::failed("making the streams' pipes failed"))?;
-        let pid = runtime::run(work, stdio, console.as_ref().map(ConsoleSocket::path)).await?;
+        let order = order(console.as_ref().map(|console| console.path().to_owned()));
+        let pid = runtime::run(&self.zygote, &order, stdio, target).await?;
         if let Some(console) = console {
             let master = console
                 .receive()
@@ -166,20 +181,27 @@ impl Containers {
             let pid = if container_id == GUEST_CONTAINER_ID {
                 spawn_in_guest(&path, &process)?
             } else {
-                self.run(
-                    Work::Exec {
-                        id: container_id,
-                        process: &path,
-                    },
-                    exec_id,
-                    &process,
-                )
-                .await?
+                self.join(container_id, exec_id, &path, &process).await?
             };
             process.made(pid, &self.reaper, since, true);
             let _ = std::fs::remove_file(path);
         }
         Ok(process.pid().map_or(0, |pid| pid.as_raw().unsigned_abs()))
+    }
+
+    async fn join(&self, id: &str, exec_id: &str, spec: &Path, process: &Process) -> Result<Pid, AgentError> {
+        let init = self.process(id, "")?;
+        let (true, Some(pid)) = (init.is_running(), init.pid()) else {
+            return Err(AgentError::FailedPrecondition(format!("container {id} does not run")));
+        };
+        let target = runtime::target(pid, &self.cgroup_directory(id))?;
+        let bundle = folder(BUNDLES)?.join(id);
+        let order = |console| Order::Join {
+            bundle,
+            process: spec.to_owned(),
+            console,
+        };
+        self.run(order, exec_id, process, Some(target)).await
     }
 
     /// How the process ended, and whether its container has seen an OOM kill.
@@ -320,16 +342,26 @@ fn check_name(name: &str) -> Result<(), AgentError> {
 }
 
 /// What holds for a container in this guest, whatever the host says: its cgroup is below the agent's, hooks are the host's affair,
-/// and there is no AppArmor or SELinux.
+/// a name that is shared with the guest is the guest's, and there is no AppArmor or SELinux.
 fn adapt(spec: &mut Spec, cgroup: &Path, terminal: bool) {
     spec.set_hooks(None);
+    let root = spec.root().as_ref().map(|root| root.path().clone());
     if let Some(mut linux) = spec.linux().clone() {
         linux.set_cgroups_path(Some(cgroup.to_owned()));
         linux.set_mount_label(None);
+        let mut namespaces = linux.namespaces().iter().flatten();
+        if !namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Uts) {
+            spec.set_hostname(None).set_domainname(None);
+        }
         spec.set_linux(Some(linux));
     }
     if let Some(mut process) = spec.process().clone() {
         adapt_process(&mut process, terminal);
+        let mut environment = process.env().clone().unwrap_or_default();
+        if let (Some(root), false) = (root, has_variable(&environment, "HOME=")) {
+            environment.push(format!("HOME={}", passwd::home(&root, process.user().uid())));
+        }
+        process.set_env(Some(environment));
         spec.set_process(Some(process));
     }
 }
@@ -339,6 +371,22 @@ fn adapt_process(process: &mut ProcessSpec, terminal: bool) {
         .set_apparmor_profile(None)
         .set_selinux_label(None)
         .set_terminal(Some(terminal));
+    if process.no_new_privileges() == Some(false) {
+        // The same, but libcontainer would apply the seccomp filter when it no longer may.
+        process.set_no_new_privileges(None);
+    }
+    let mut environment = process.env().clone().unwrap_or_default();
+    if !has_variable(&environment, "PATH=") {
+        environment.push(DEFAULT_PATH.to_owned());
+        process.set_env(Some(environment));
+    }
+}
+
+/// Where programs are looked for if nobody says otherwise, as container engines have it.
+const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+fn has_variable(environment: &[String], name: &str) -> bool {
+    environment.iter().any(|variable| variable.starts_with(name))
 }
 
 fn to_json(value: &impl serde::Serialize) -> Result<Vec<u8>, AgentError> {

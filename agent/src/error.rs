@@ -15,6 +15,9 @@ pub(crate) enum AgentError {
     InvalidArgument(String),
     #[error("{0}")]
     FailedPrecondition(String),
+    /// What the runtime said, which names what it was about.
+    #[error("{0}")]
+    Runtime(String),
     #[error("{what}: {cause}")]
     Failed { what: String, cause: String },
 }
@@ -37,7 +40,7 @@ impl From<AgentError> for ttrpc::Error {
             AgentError::AlreadyExists(_) => Code::ALREADY_EXISTS,
             AgentError::InvalidArgument(_) => Code::INVALID_ARGUMENT,
             AgentError::FailedPrecondition(_) => Code::FAILED_PRECONDITION,
-            AgentError::Failed { .. } => Code::INTERNAL,
+            AgentError::Runtime(_) | AgentError::Failed { .. } => Code::INTERNAL,
         };
         Self::RpcStatus(ttrpc::get_status(code, error.to_string()))
     }

@@ -2,10 +2,10 @@
 //!
 //! - [`service`]: the calls of the protocol, thin
 //! - [`containers`]: all containers, and [`process`]: one process with its streams
-//! - [`runtime`]: libcontainer, in a short-lived process of its own
+//! - [`runtime`]: how processes come to be in containers, by a zygote and libcontainer
 //! - [`reaper`]: the one owner of exits
 //! - [`streams`]: the connections that carry stdin, stdout and stderr
-//! - [`cgroup`], [`stats`]: the containers' cgroups and what they say
+//! - [`cgroup`], [`stats`]: the containers' cgroups and what they say; [`passwd`]: their users' homes
 //! - [`mounts`], [`network`], [`identity`]: making the guest the pod's
 //! - [`greeting`]: telling the host that all this is there
 
@@ -16,6 +16,7 @@ mod greeting;
 mod identity;
 mod mounts;
 mod network;
+mod passwd;
 mod process;
 mod reaper;
 mod runtime;
@@ -24,9 +25,9 @@ mod stats;
 mod streams;
 mod terminal;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use coreos_kvm_proto::{AGENT_PORT, MESSAGE_MAX, agent_ttrpc};
 
 /// Logs go to the journal by stderr; `coreos_kvm.agent_log=debug` on the kernel's command line shows more.
@@ -41,25 +42,24 @@ fn start_logging() {
 }
 
 fn main() -> Result<()> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if arguments.first().is_some_and(|word| word == runtime::WORD) {
-        // libcontainer forks without exec, so this process has one thread and nothing else to do.
-        std::process::exit(runtime::helper());
-    }
+    // Containers' processes outlive the process that made them, and become this one's children.
+    nix::sys::prctl::set_child_subreaper(true).context("becoming the subreaper of containers")?;
+    // SAFETY: nothing has started a thread so far.
+    let zygote = unsafe { runtime::zygote::start() }.context("starting the zygote")?;
+    // The zygote has no log: what it forks has a container's streams.
     start_logging();
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting the runtime")?
-        .block_on(serve())
+        .block_on(serve(zygote))
 }
 
-async fn serve() -> Result<()> {
-    // Containers' processes outlive the helper that made them, and become this process's children.
-    nix::sys::prctl::set_child_subreaper(true).context("becoming the subreaper of containers")?;
+async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
     let reaper = reaper::start().context("watching for the end of processes")?;
-    let cgroup = cgroup::own().context("taking over the service's cgroup")?;
-    let containers = Arc::new(containers::Containers::new(reaper, cgroup));
+    let zygote_end = reaper::exited(reaper.watch(zygote.pid(), Instant::now()));
+    let cgroup = cgroup::own(&[nix::unistd::getpid(), zygote.pid()]).context("taking over the service's cgroup")?;
+    let containers = Arc::new(containers::Containers::new(reaper, zygote, cgroup));
 
     let streams = streams::listen(containers.clone()).context("listening for streams")?;
     let service = agent_ttrpc::create_agent(Arc::new(service::Service::new(containers)));
@@ -74,5 +74,8 @@ async fn serve() -> Result<()> {
         "agent serves"
     );
     greeting::greet().await.context("greeting the host")?;
-    streams.await.context("serving streams")?
+    tokio::select! {
+        result = streams => result.context("serving streams")?,
+        exit = zygote_end => bail!("the zygote has ended with code {}", exit.status),
+    }
 }

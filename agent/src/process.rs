@@ -3,7 +3,6 @@
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
-    process::Stdio,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
@@ -24,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     error::AgentError,
     reaper::{self, Exit, ExitWatch, Reaper},
-    runtime::Stdio3,
+    runtime::Stdio,
     terminal::Terminal,
 };
 
@@ -76,29 +75,21 @@ impl Process {
     }
 
     /// Makes the pipes of the streams that are wanted; the process's ends are the answer. With a terminal there are none.
-    pub(crate) fn make_pipes(&self) -> io::Result<Stdio3> {
+    pub(crate) fn make_pipes(&self) -> io::Result<Stdio> {
+        let mut stdio = Stdio::null()?;
         if self.wanted.terminal {
-            return Ok(Stdio3 {
-                stdin: Stdio::null(),
-                stdout: Stdio::null(),
-                stderr: Stdio::null(),
-            });
+            return Ok(stdio);
         }
         let mut endpoints = Endpoints::default();
-        let mut stdio = Stdio3 {
-            stdin: Stdio::null(),
-            stdout: Stdio::null(),
-            stderr: Stdio::null(),
-        };
         if self.wanted.stdin {
             let (theirs, ours) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
             set_nonblocking(&ours)?;
             endpoints.stdin = Some(Endpoint::Input(Box::new(pipe::Sender::from_owned_fd(ours)?)));
-            stdio.stdin = theirs.into();
+            stdio.stdin = theirs;
         }
-        let output = || -> io::Result<(Endpoint, Stdio)> {
+        let output = || -> io::Result<(Endpoint, OwnedFd)> {
             let (ours, theirs) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-            Ok((Endpoint::Output(Box::new(receiver(ours)?)), theirs.into()))
+            Ok((Endpoint::Output(Box::new(receiver(ours)?)), theirs))
         };
         if self.wanted.stdout {
             let (endpoint, theirs) = output()?;

@@ -1,160 +1,138 @@
-//! libcontainer, in a short-lived process of its own.
+//! How processes come to be in containers.
 //!
 //! libcontainer makes containers by clone(2) without exec(2) and goes on in the child with ordinary code, which only a process of one
-//! thread may do; and it blocks. So the agent starts itself again as a helper, which has the container's streams as its own,
-//! makes the container or the further process, says on descriptor 3 how it went, and ends.
+//! thread may do; and it blocks. So the agent has a [`zygote`], forked before there is any thread, which forks once more for every
+//! order: the new process has the container's streams as its own, makes the container ([`create`]) or becomes a further process
+//! of it ([`join`]), and says through a pipe how that went. A fork of a small process costs a fraction of starting the agent's
+//! program anew.
+
+mod create;
+mod join;
+pub(crate) mod zygote;
 
 use std::{
-    ffi::OsStr,
-    fs::File,
-    io::{self, Write},
-    os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::process::CommandExt,
-    },
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
     time::Duration,
 };
 
-use libcontainer::{container::builder::ContainerBuilder, syscall::syscall::SyscallType};
 use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 
 use crate::error::AgentError;
 
-/// The first argument of a helper.
-pub(crate) const WORD: &str = "runtime";
-
 /// Where containers' bundles and libcontainer's own records are.
 pub(crate) const ROOT: &str = "/run/coreos-kvm/containers";
 
-/// Descriptor of the helper on which it says how it went.
-const REPORT: i32 = 3;
-/// Longest report, in bytes.
-const REPORT_MAX: u64 = 16 * 1024;
+/// Longest report, in bytes: what write(2) puts into a pipe in one piece.
+const REPORT_MAX: usize = libc::PIPE_BUF;
 /// A container's root may have to be read over virtiofs first.
 const BOUND: Duration = Duration::from_secs(50);
 
-/// What a helper is to make.
-pub(crate) enum Work<'a> {
+/// What the zygote is to make.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Order {
     /// The container whose bundle is at `bundle`.
-    Create { id: &'a str, bundle: &'a Path },
-    /// A further process, described by the file `process`.
-    Exec { id: &'a str, process: &'a Path },
+    Create {
+        id: String,
+        bundle: PathBuf,
+        console: Option<PathBuf>,
+    },
+    /// A further process of the container whose bundle is at `bundle`, described by the file `process`.
+    Join {
+        bundle: PathBuf,
+        process: PathBuf,
+        console: Option<PathBuf>,
+    },
+}
+
+/// What a [`Order::Join`] joins: held open, so that it is the same thing whatever happens meanwhile.
+#[derive(Debug)]
+pub(crate) struct Target {
+    /// The container's init (pidfd_open(2)).
+    pub init: OwnedFd,
+    /// The directory of its cgroup.
+    pub cgroup: OwnedFd,
 }
 
 /// The streams of the process that is made.
-pub(crate) struct Stdio3 {
-    pub stdin: Stdio,
-    pub stdout: Stdio,
-    pub stderr: Stdio,
+#[derive(Debug)]
+pub(crate) struct Stdio {
+    pub stdin: OwnedFd,
+    pub stdout: OwnedFd,
+    pub stderr: OwnedFd,
 }
 
-/// Runs a helper. Answers the pid of the process that it made; `console` is the socket that takes its terminal.
-pub(crate) async fn run(work: Work<'_>, stdio: Stdio3, console: Option<&Path>) -> Result<Pid, AgentError> {
-    let (report, helper_report) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
-        .map_err(AgentError::failed("making a pipe for the runtime failed"))?;
-    let mut command = Command::new("/proc/self/exe");
-    let (verb, id, path): (_, _, &Path) = match work {
-        Work::Create { id, bundle } => ("create", id, bundle),
-        Work::Exec { id, process } => ("exec", id, process),
-    };
-    let console = console.map_or(OsStr::new(""), Path::as_os_str);
-    command.args([WORD, verb, id]).arg(path).arg(console).current_dir("/");
-    command.stdin(stdio.stdin).stdout(stdio.stdout).stderr(stdio.stderr);
-    let number = helper_report.as_raw_fd();
-    // SAFETY: only dup2(2) or fcntl(2) on an open descriptor between fork and exec.
-    unsafe {
-        command.pre_exec(move || {
-            let result = if number == REPORT {
-                libc::fcntl(REPORT, libc::F_SETFD, 0)
-            } else {
-                libc::dup2(number, REPORT)
-            };
-            if result < 0 {
-                Err(io::Error::last_os_error())
-            } else {
-                Ok(())
-            }
-        });
+impl Stdio {
+    /// Nothing to read, and nobody to write to.
+    pub(crate) fn null() -> io::Result<Self> {
+        let null = OwnedFd::from(std::fs::File::options().read(true).write(true).open("/dev/null")?);
+        Ok(Self {
+            stdin: null.try_clone()?,
+            stdout: null.try_clone()?,
+            stderr: null,
+        })
     }
-    // Its end is the reaper's business; its report's end is its own.
-    command
-        .spawn()
-        .map_err(AgentError::failed("starting the runtime failed"))?;
-    drop((command, helper_report));
+}
 
-    let report = super::process::receiver(report).map_err(AgentError::failed("reading the runtime's report failed"))?;
-    let mut text = String::new();
-    tokio::time::timeout(BOUND, report.take(REPORT_MAX).read_to_string(&mut text))
+/// Has the order carried out. Answers the pid of the process that was made.
+pub(crate) async fn run(
+    zygote: &zygote::Zygote,
+    order: &Order,
+    stdio: Stdio,
+    target: Option<Target>,
+) -> Result<Pid, AgentError> {
+    let (report, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
+        .map_err(AgentError::failed("making a pipe for the runtime failed"))?;
+    let joins = target.is_some();
+    let mut descriptors = vec![stdio.stdin, stdio.stdout, stdio.stderr, theirs];
+    descriptors.extend(target.into_iter().flat_map(|target| [target.init, target.cgroup]));
+    zygote
+        .send(order, &descriptors)
+        .map_err(AgentError::failed("the zygote takes no order"))?;
+    drop(descriptors);
+
+    let mut report =
+        super::process::receiver(report).map_err(AgentError::failed("reading the runtime's report failed"))?;
+    let mut text = Vec::new();
+    let read = async {
+        // A further process holds the pipe until it executes its program. A container's init holds it as well, and waits.
+        while joins || !text.ends_with(b"\n") {
+            if text.len() > 2 * REPORT_MAX || report.read_buf(&mut text).await? == 0 {
+                break;
+            }
+        }
+        io::Result::Ok(())
+    };
+    tokio::time::timeout(BOUND, read)
         .await
         .map_err(|_| AgentError::Failed {
             what: "the runtime does not come to an end".to_owned(),
             cause: format!("{} s have passed", BOUND.as_secs()),
         })?
         .map_err(AgentError::failed("reading the runtime's report failed"))?;
-    match text.split_once(' ') {
-        Some(("pid", pid)) => match pid.trim().parse() {
-            Ok(pid) => Ok(Pid::from_raw(pid)),
-            Err(_) => Err(AgentError::Failed {
-                what: "the runtime's report is garbled".to_owned(),
-                cause: text,
-            }),
-        },
-        Some(("error", cause)) => Err(AgentError::Failed {
-            what: format!("the runtime could not {verb}"),
-            cause: cause.trim().to_owned(),
-        }),
-        _ => Err(AgentError::Failed {
-            what: "the runtime ended without a report".to_owned(),
-            cause: text,
-        }),
-    }
+    judge(&String::from_utf8_lossy(&text))
 }
 
-/// The helper's whole life. Answers its exit code.
-pub(crate) fn helper() -> i32 {
-    // SAFETY: the agent opened it for this process, which has not used it yet.
-    let mut report = unsafe { File::from_raw_fd(REPORT) };
-    // The new process must not hold it: its end is the end of the report.
-    // SAFETY: fcntl(2) on a descriptor that was just taken over.
-    unsafe { libc::fcntl(REPORT, libc::F_SETFD, libc::FD_CLOEXEC) };
-    let arguments: Vec<String> = std::env::args().skip(2).collect();
-    let (text, code) = match make(&arguments) {
-        Ok(pid) => (format!("pid {pid}"), 0),
-        Err(error) => (format!("error {error}"), 1),
-    };
-    // Nobody is left to tell if this fails: the agent then sees an end without a report.
-    let _ = report.write_all(text.as_bytes());
-    code
+/// A report: a line with the pid, as soon as there is one, and a line with the error, if there is one; in any order.
+fn judge(report: &str) -> Result<Pid, AgentError> {
+    if let Some(error) = report.lines().find_map(|line| line.strip_prefix("error ")) {
+        return Err(AgentError::Runtime(error.to_owned()));
+    }
+    let pid = report.lines().find_map(|line| line.strip_prefix("pid ")?.parse().ok());
+    pid.map(Pid::from_raw).ok_or_else(|| AgentError::Failed {
+        what: "the runtime ended without a report".to_owned(),
+        cause: format!("{report:?}"),
+    })
 }
 
-fn make(arguments: &[String]) -> Result<i32, String> {
-    let [verb, id, path, console] = arguments else {
-        return Err("the runtime takes four arguments".to_owned());
-    };
-    let console = (!console.is_empty()).then(|| PathBuf::from(console));
-    let builder = ContainerBuilder::new(id.clone(), SyscallType::default())
-        .with_root_path(records())
-        .and_then(ContainerBuilder::validate_id)
-        .map_err(|error| chain(&error))?
-        .with_console_socket(console);
-    match verb.as_str() {
-        "create" => {
-            let container = builder.as_init(path).with_systemd(false).with_detach(true).build();
-            let container = container.map_err(|error| chain(&error))?;
-            container
-                .pid()
-                .map(|pid| pid.as_raw())
-                .ok_or_else(|| "the container has no process".to_owned())
-        }
-        "exec" => {
-            let pid = builder.as_tenant().with_process(Some(path)).with_detach(true).build();
-            pid.map(|pid| pid.as_raw()).map_err(|error| chain(&error))
-        }
-        _ => Err(format!("the runtime does not know {verb:?}")),
-    }
+/// The line that tells an error.
+fn error_line(error: &str) -> String {
+    let bytes = &error.as_bytes()[..error.len().min(REPORT_MAX - 16)];
+    let text = String::from_utf8_lossy(bytes).replace(['\n', '\0', char::REPLACEMENT_CHARACTER], " ");
+    format!("error {}\n", text.trim())
 }
 
 /// Where libcontainer keeps its records.
@@ -223,5 +201,38 @@ impl ConsoleSocket {
 impl Drop for ConsoleSocket {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Opens what a further process joins.
+pub(crate) fn target(init: Pid, cgroup: &Path) -> Result<Target, AgentError> {
+    let gone = AgentError::failed::<io::Error>("the container is gone");
+    let open = || {
+        let init = rustix::process::Pid::from_raw(init.as_raw()).ok_or(io::ErrorKind::NotFound)?;
+        Ok(Target {
+            init: rustix::process::pidfd_open(init, rustix::process::PidfdFlags::empty())?,
+            cgroup: std::fs::File::open(cgroup)?.into(),
+        })
+    };
+    open().map_err(gone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_tells_the_pid_unless_it_tells_an_error() {
+        assert_eq!(judge("pid 12\n").unwrap(), Pid::from_raw(12));
+        for both in ["pid 12\nerror no such\n", "error no such\npid 12\n"] {
+            assert_eq!(judge(both).unwrap_err().to_string(), "no such");
+        }
+        assert!(judge("").is_err());
+    }
+
+    #[test]
+    fn an_error_is_one_line_that_fits() {
+        assert_eq!(error_line("a\nb\0"), "error a b\n");
+        assert!(error_line(&"ä".repeat(REPORT_MAX)).len() <= REPORT_MAX);
     }
 }
