@@ -15,17 +15,15 @@ use std::{
 };
 
 use coreos_kvm_proto::{GUEST_CONTAINER_ID, agent::Streams};
-use libcontainer::container::Container;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process as ProcessSpec, Spec};
+use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
 
 use crate::{
     cgroup,
     error::AgentError,
-    passwd,
     process::Process,
     reaper::{Exit, Reaper},
     runtime::{self, ConsoleSocket, Order, Target, zygote::Zygote},
@@ -71,12 +69,9 @@ impl Containers {
     /// Makes a container and its init, which then waits for [`Self::start`].
     pub(crate) async fn create(&self, id: &str, spec: &[u8], streams: Streams) -> Result<u32, AgentError> {
         check_name(id)?;
-        let mut spec: Spec = serde_json::from_slice(spec).map_err(|error| {
-            AgentError::InvalidArgument(format!("the container's specification cannot be read: {error}"))
-        })?;
-        adapt(&mut spec, &self.cgroup.join(id), streams.terminal);
+        check_json("container", spec)?;
         let process = self.insert(id, "", streams)?;
-        let result = self.create_with(id, &spec, &process).await;
+        let result = self.create_with(id, spec, &process).await;
         if result.is_err() {
             self.remove(id, "");
             remove_files(id);
@@ -84,18 +79,19 @@ impl Containers {
         result
     }
 
-    async fn create_with(&self, id: &str, spec: &Spec, process: &Process) -> Result<u32, AgentError> {
+    async fn create_with(&self, id: &str, spec: &[u8], process: &Process) -> Result<u32, AgentError> {
         let bundle = folder(BUNDLES)?.join(id);
         DirBuilder::new()
             .mode(0o700)
             .create(&bundle)
             .map_err(AgentError::failed("making the bundle's folder failed"))?;
         make_folder(&runtime::records())?;
-        write_secret(&bundle.join("config.json"), &to_json(spec)?)?;
+        write_secret(&bundle.join(runtime::SPEC), spec)?;
         let since = Instant::now();
         let order = |console| Order::Create {
             id: id.to_owned(),
             bundle,
+            cgroup: self.cgroup.join(id),
             console,
         };
         let pid = self.run(order, id, process, None).await?;
@@ -123,7 +119,7 @@ impl Containers {
             .make_pipes()
             .map_err(AgentError::failed("making the streams' pipes failed"))?;
         let order = order(console.as_ref().map(|console| console.path().to_owned()));
-        let pid = runtime::run(&self.zygote, &order, stdio, target).await?;
+        let pid = runtime::run(&self.zygote, &order, Some(stdio), target).await?;
         if let Some(console) = console {
             let master = console
                 .receive()
@@ -149,12 +145,9 @@ impl Containers {
                 "container {container_id} does not run"
             )));
         }
-        let mut spec: ProcessSpec = serde_json::from_slice(spec).map_err(|error| {
-            AgentError::InvalidArgument(format!("the process's specification cannot be read: {error}"))
-        })?;
-        adapt_process(&mut spec, streams.terminal);
+        check_json("process", spec)?;
         self.insert(container_id, exec_id, streams)?;
-        let written = prepared(container_id, exec_id).and_then(|path| write_secret(&path, &to_json(&spec)?));
+        let written = prepared(container_id, exec_id).and_then(|path| write_secret(&path, spec));
         if written.is_err() {
             self.remove(container_id, exec_id);
         }
@@ -170,10 +163,10 @@ impl Containers {
             ));
         }
         if exec_id.is_empty() {
-            let mut container = load(container_id)?;
-            container
-                .start()
-                .map_err(|error| failed("the container could not be started", &error))?;
+            let order = Order::Start {
+                id: container_id.to_owned(),
+            };
+            runtime::run(&self.zygote, &order, None, None).await?;
             process.started();
         } else {
             let path = prepared(container_id, exec_id)?;
@@ -239,18 +232,10 @@ impl Containers {
             return Err(AgentError::FailedPrecondition("the process still runs".to_owned()));
         }
         if exec_id.is_empty() {
-            let id = container_id.to_owned();
-            // It waits for the container's last processes, and for its cgroup to be empty.
-            let deleted = tokio::task::spawn_blocking(move || match load(&id) {
-                Ok(mut container) => container
-                    .delete(true)
-                    .map_err(|error| failed("the container could not be deleted", &error)),
-                Err(AgentError::NotFound(_)) => Ok(()),
-                Err(error) => Err(error),
-            });
-            deleted
-                .await
-                .map_err(AgentError::failed("deleting the container failed"))??;
+            let order = Order::Delete {
+                id: container_id.to_owned(),
+            };
+            runtime::run(&self.zygote, &order, None, None).await?;
             remove_files(container_id);
         } else if let Ok(path) = prepared(container_id, exec_id) {
             let _ = std::fs::remove_file(path);
@@ -341,71 +326,18 @@ fn check_name(name: &str) -> Result<(), AgentError> {
     }
 }
 
-/// What holds for a container in this guest, whatever the host says: its cgroup is below the agent's, hooks are the host's affair,
-/// a name that is shared with the guest is the guest's, and there is no AppArmor or SELinux.
-fn adapt(spec: &mut Spec, cgroup: &Path, terminal: bool) {
-    spec.set_hooks(None);
-    let root = spec.root().as_ref().map(|root| root.path().clone());
-    if let Some(mut linux) = spec.linux().clone() {
-        linux.set_cgroups_path(Some(cgroup.to_owned()));
-        linux.set_mount_label(None);
-        let mut namespaces = linux.namespaces().iter().flatten();
-        if !namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Uts) {
-            spec.set_hostname(None).set_domainname(None);
-        }
-        spec.set_linux(Some(linux));
-    }
-    if let Some(mut process) = spec.process().clone() {
-        adapt_process(&mut process, terminal);
-        let mut environment = process.env().clone().unwrap_or_default();
-        if let (Some(root), false) = (root, has_variable(&environment, "HOME=")) {
-            environment.push(format!("HOME={}", passwd::home(&root, process.user().uid())));
-        }
-        process.set_env(Some(environment));
-        spec.set_process(Some(process));
-    }
-}
-
-fn adapt_process(process: &mut ProcessSpec, terminal: bool) {
-    process
-        .set_apparmor_profile(None)
-        .set_selinux_label(None)
-        .set_terminal(Some(terminal));
-    if process.no_new_privileges() == Some(false) {
-        // The same, but libcontainer would apply the seccomp filter when it no longer may.
-        process.set_no_new_privileges(None);
-    }
-    let mut environment = process.env().clone().unwrap_or_default();
-    if !has_variable(&environment, "PATH=") {
-        environment.push(DEFAULT_PATH.to_owned());
-        process.set_env(Some(environment));
-    }
-}
-
-/// Where programs are looked for if nobody says otherwise, as container engines have it.
-const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-fn has_variable(environment: &[String], name: &str) -> bool {
-    environment.iter().any(|variable| variable.starts_with(name))
-}
-
-fn to_json(value: &impl serde::Serialize) -> Result<Vec<u8>, AgentError> {
-    serde_json::to_vec(value).map_err(AgentError::failed("writing a specification failed"))
-}
-
-fn load(id: &str) -> Result<Container, AgentError> {
-    let records = runtime::records().join(id);
-    if !records.exists() {
-        return Err(AgentError::NotFound(format!("there is no container {id}")));
-    }
-    Container::load(records).map_err(|error| failed("the container's record cannot be read", &error))
-}
-
 fn failed(what: &str, error: &dyn std::error::Error) -> AgentError {
     AgentError::Failed {
         what: what.to_owned(),
         cause: runtime::chain(error),
     }
+}
+
+/// Whoever runs it reads it for what it says; here it only has to be JSON.
+fn check_json(what: &str, text: &[u8]) -> Result<(), AgentError> {
+    serde_json::from_slice(text)
+        .map(|serde::de::IgnoredAny| ())
+        .map_err(|error| AgentError::InvalidArgument(format!("the {what}'s specification cannot be read: {error}")))
 }
 
 fn make_folder(path: &Path) -> Result<(), AgentError> {
@@ -522,23 +454,6 @@ fn spawn_in_guest(path: &Path, process: &Process) -> Result<Pid, AgentError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn hooks_and_labels_of_the_host_do_not_reach_the_guest() {
-        let mut spec: Spec = serde_json::from_value(serde_json::json!({
-            "ociVersion": "1.0.2",
-            "hooks": {"prestart": [{"path": "/bin/evil"}]},
-            "process": {"user": {"uid": 0, "gid": 0}, "args": ["true"], "cwd": "/", "apparmorProfile": "cri"},
-            "linux": {"cgroupsPath": "/k8s.io/abc"},
-        }))
-        .unwrap();
-        adapt(&mut spec, Path::new("/system.slice/agent/abc"), true);
-        assert!(spec.hooks().is_none());
-        let process = spec.process().as_ref().unwrap();
-        assert_eq!((process.apparmor_profile(), process.terminal()), (&None, Some(true)));
-        let path = spec.linux().as_ref().unwrap().cgroups_path().clone();
-        assert_eq!(path.unwrap(), Path::new("/system.slice/agent/abc"));
-    }
 
     #[test]
     fn names_cannot_leave_their_folder() {

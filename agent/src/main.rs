@@ -5,7 +5,8 @@
 //! - [`runtime`]: how processes come to be in containers, by a zygote and libcontainer
 //! - [`reaper`]: the one owner of exits
 //! - [`streams`]: the connections that carry stdin, stdout and stderr
-//! - [`cgroup`], [`stats`]: the containers' cgroups and what they say; [`passwd`]: their users' homes
+//! - [`cgroup`], [`stats`]: the containers' cgroups and what they say; [`passwd`] and [`workdir`]: their users' homes
+//!   and the folders they start in
 //! - [`mounts`], [`network`], [`identity`]: making the guest the pod's
 //! - [`greeting`]: telling the host that all this is there
 
@@ -24,6 +25,7 @@ mod service;
 mod stats;
 mod streams;
 mod terminal;
+mod workdir;
 
 use std::{sync::Arc, time::Instant};
 
@@ -32,9 +34,10 @@ use coreos_kvm_proto::{AGENT_PORT, MESSAGE_MAX, agent_ttrpc};
 
 /// Logs go to the journal by stderr; `coreos_kvm.agent_log=debug` on the kernel's command line shows more.
 fn start_logging() {
-    let level = greeting::kernel_argument("coreos_kvm.agent_log").unwrap_or_else(|| "info".to_owned());
+    let level = greeting::kernel_argument("coreos_kvm.agent_log").and_then(|level| level.parse().ok());
+    let level = level.unwrap_or(tracing::Level::INFO);
     tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::new(level))
+        .with_max_level(level)
         .with_ansi(false)
         .without_time()
         .with_writer(std::io::stderr)

@@ -6,6 +6,7 @@
 //! of it ([`join`]), and says through a pipe how that went. A fork of a small process costs a fraction of starting the agent's
 //! program anew.
 
+mod adapt;
 mod create;
 mod join;
 pub(crate) mod zygote;
@@ -26,6 +27,9 @@ use crate::error::AgentError;
 /// Where containers' bundles and libcontainer's own records are.
 pub(crate) const ROOT: &str = "/run/coreos-kvm/containers";
 
+/// File of a bundle with the specification as the host has it.
+pub(crate) const SPEC: &str = "spec.json";
+
 /// Longest report, in bytes: what write(2) puts into a pipe in one piece.
 const REPORT_MAX: usize = libc::PIPE_BUF;
 /// A container's root may have to be read over virtiofs first.
@@ -38,8 +42,14 @@ pub(crate) enum Order {
     Create {
         id: String,
         bundle: PathBuf,
+        /// Relative to the hierarchy's root.
+        cgroup: PathBuf,
         console: Option<PathBuf>,
     },
+    /// The program of the container's init.
+    Start { id: String },
+    /// The end of a container, once its init has ended: of its last processes, too.
+    Delete { id: String },
     /// A further process of the container whose bundle is at `bundle`, described by the file `process`.
     Join {
         bundle: PathBuf,
@@ -77,17 +87,22 @@ impl Stdio {
     }
 }
 
-/// Has the order carried out. Answers the pid of the process that was made.
+/// Has the order carried out. Answers the pid of the process that it is about.
 pub(crate) async fn run(
     zygote: &zygote::Zygote,
     order: &Order,
-    stdio: Stdio,
+    stdio: Option<Stdio>,
     target: Option<Target>,
 ) -> Result<Pid, AgentError> {
     let (report, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
         .map_err(AgentError::failed("making a pipe for the runtime failed"))?;
     let joins = target.is_some();
-    let mut descriptors = vec![stdio.stdin, stdio.stdout, stdio.stderr, theirs];
+    let mut descriptors = vec![theirs];
+    descriptors.extend(
+        stdio
+            .into_iter()
+            .flat_map(|stdio| [stdio.stdin, stdio.stdout, stdio.stderr]),
+    );
     descriptors.extend(target.into_iter().flat_map(|target| [target.init, target.cgroup]));
     zygote
         .send(order, &descriptors)
@@ -99,8 +114,8 @@ pub(crate) async fn run(
     let mut text = Vec::new();
     let read = async {
         // A further process holds the pipe until it executes its program. A container's init holds it as well, and waits.
-        while joins || !text.ends_with(b"\n") {
-            if text.len() > 2 * REPORT_MAX || report.read_buf(&mut text).await? == 0 {
+        while joins || !is_complete(&text) {
+            if text.len() > 4 * REPORT_MAX || report.read_buf(&mut text).await? == 0 {
                 break;
             }
         }
@@ -116,12 +131,24 @@ pub(crate) async fn run(
     judge(&String::from_utf8_lossy(&text))
 }
 
-/// A report: a line with the pid, as soon as there is one, and a line with the error, if there is one; in any order.
+/// Whether the line that matters is there.
+fn is_complete(report: &[u8]) -> bool {
+    let mut lines = report.split_inclusive(|byte| *byte == b'\n');
+    lines.any(|line| (line.starts_with(b"pid ") || line.starts_with(b"error ")) && line.ends_with(b"\n"))
+}
+
+/// A report: a line with the pid, as soon as there is one, and a line with the error, if there is one, in any order; lines of
+/// a log with them.
 fn judge(report: &str) -> Result<Pid, AgentError> {
-    if let Some(error) = report.lines().find_map(|line| line.strip_prefix("error ")) {
-        return Err(AgentError::Runtime(error.to_owned()));
+    let line = |kind| report.lines().find_map(|line| line.strip_prefix(kind));
+    if let Some(error) = line("error ") {
+        // libcontainer's errors lose their causes on the way between its processes, but the first one was logged.
+        return Err(AgentError::Runtime(match line("log ") {
+            Some(cause) => format!("{error} ({cause})"),
+            None => error.to_owned(),
+        }));
     }
-    let pid = report.lines().find_map(|line| line.strip_prefix("pid ")?.parse().ok());
+    let pid = line("pid ").and_then(|pid| pid.parse().ok());
     pid.map(Pid::from_raw).ok_or_else(|| AgentError::Failed {
         what: "the runtime ended without a report".to_owned(),
         cause: format!("{report:?}"),
@@ -227,7 +254,19 @@ mod tests {
         for both in ["pid 12\nerror no such\n", "error no such\npid 12\n"] {
             assert_eq!(judge(both).unwrap_err().to_string(), "no such");
         }
+        let logged = "log failed to mount: EPERM\nlog and so on\nerror no rootfs\n";
+        assert_eq!(
+            judge(logged).unwrap_err().to_string(),
+            "no rootfs (failed to mount: EPERM)"
+        );
         assert!(judge("").is_err());
+    }
+
+    #[test]
+    fn a_report_is_complete_when_its_line_is() {
+        let complete =
+            ["", "log a\n", "log a\npid 1", "log a\npid 12\n", "error no\n"].map(|text| is_complete(text.as_bytes()));
+        assert_eq!(complete, [false, false, false, true, true]);
     }
 
     #[test]

@@ -27,7 +27,7 @@ use nix::{
 };
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
-use super::chain;
+use super::{adapt::adapt_process, chain};
 use crate::passwd;
 
 /// Makes the calling process, which is in the container's cgroup and PID namespace, one of the container. Returns only with the
@@ -40,9 +40,10 @@ pub(super) fn join(init: BorrowedFd<'_>, bundle: &Path, process: &Path, console:
 
 fn try_join(init: BorrowedFd<'_>, bundle: &Path, process: &Path, console: Option<&Path>) -> Result<Infallible, String> {
     let spec = Spec::load(bundle.join("config.json")).map_err(|error| chain(&error))?;
-    let process: Process = std::fs::read(process)
+    let mut process: Process = std::fs::read(process)
         .and_then(|text| Ok(serde_json::from_slice(&text)?))
         .map_err(|error| format!("the process's specification cannot be read: {error}"))?;
+    adapt_process(&mut process, console.is_some());
     let syscall = create_syscall();
     let console = console
         .map(UnixStream::connect)

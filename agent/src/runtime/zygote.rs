@@ -23,7 +23,7 @@ use super::{Order, REPORT_MAX, create, error_line, join};
 
 /// Longest order, in bytes: names and a few paths.
 const ORDER_MAX: usize = 4096;
-/// Streams, report, init and cgroup.
+/// Report, streams, init and cgroup.
 const DESCRIPTORS_MAX: usize = 6;
 
 /// The agent's end.
@@ -85,38 +85,44 @@ fn serve(socket: OwnedFd) -> io::Result<()> {
     // SAFETY: no handler is set.
     unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }?;
     while let Some((order, descriptors)) = receive(&socket)? {
-        let [stdin, stdout, stderr, report, target @ ..] = descriptors.as_slice() else {
+        let [report, rest @ ..] = descriptors.as_slice() else {
             return Err(io::ErrorKind::InvalidData.into());
         };
-        let stdio = [stdin, stdout, stderr];
         let report = std::fs::File::from(report.try_clone()?);
-        let told = match (&order, target) {
-            (Order::Create { id, bundle, console }, []) => {
-                let make = || match create::create(id, bundle, console.as_deref()) {
-                    Ok(pid) => format!("pid {pid}\n"),
-                    Err(error) => error_line(&error),
-                };
-                branch(None, &report, stdio, make).map(drop)
-            }
+        let told = match (&order, rest) {
             (
                 Order::Join {
                     bundle,
                     process,
                     console,
                 },
-                [init, cgroup],
+                [stdin, stdout, stderr, init, cgroup],
             ) => {
                 let join = || error_line(&join::join(init.as_fd(), bundle, process, console.as_deref()));
                 // Only children get into the PID namespace that was entered last.
                 setns(init, CloneFlags::CLONE_NEWPID)
                     .map_err(io::Error::from)
                     .and_then(|()| {
-                        let made = branch(Some(cgroup.as_fd()), &report, stdio, join);
+                        let made = branch(Some(cgroup.as_fd()), &report, &[stdin, stdout, stderr], join);
                         setns(&own, CloneFlags::CLONE_NEWPID)?;
                         made
                     })
                     .and_then(|pid| (&report).write_all(format!("pid {pid}\n").as_bytes()))
             }
+            (
+                Order::Create {
+                    id,
+                    bundle,
+                    cgroup,
+                    console,
+                },
+                [stdin, stdout, stderr],
+            ) => {
+                let make = || line(create::create(&report, id, bundle, cgroup, console.as_deref()));
+                branch(None, &report, &[stdin, stdout, stderr], make).map(drop)
+            }
+            (Order::Start { id }, []) => branch(None, &report, &[], || line(create::start(id))).map(drop),
+            (Order::Delete { id }, []) => branch(None, &report, &[], || line(create::delete(id))).map(drop),
             _ => return Err(io::ErrorKind::InvalidData.into()),
         };
         if let Err(error) = told {
@@ -125,6 +131,14 @@ fn serve(socket: OwnedFd) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The report of a container's pid.
+fn line(outcome: Result<i32, String>) -> String {
+    match outcome {
+        Ok(pid) => format!("pid {pid}\n"),
+        Err(error) => error_line(&error),
+    }
 }
 
 fn receive(socket: &OwnedFd) -> io::Result<Option<(Order, Vec<OwnedFd>)>> {
@@ -155,7 +169,7 @@ fn receive(socket: &OwnedFd) -> io::Result<Option<(Order, Vec<OwnedFd>)>> {
 fn branch(
     cgroup: Option<BorrowedFd<'_>>,
     report: &std::fs::File,
-    stdio: [&OwnedFd; 3],
+    stdio: &[&OwnedFd],
     work: impl FnOnce() -> String,
 ) -> io::Result<libc::pid_t> {
     let into_cgroup = if cgroup.is_some() { CLONE_INTO_CGROUP } else { 0 };

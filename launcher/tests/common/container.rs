@@ -1,6 +1,7 @@
 //! Containers of Debian's busybox in a guest, by the agent's client alone.
 
 use std::{
+    io::ErrorKind,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     time::Duration,
@@ -86,7 +87,10 @@ impl<'a> Bed<'a> {
             "cat", "chroot", "dd", "echo", "env", "false", "grep", "head", "hostname", "id", "ls", "mkdir", "mount",
             "ps", "seq", "sh", "sleep", "stty", "sync", "tail", "touch", "tr", "true", "tty", "wc", "yes",
         ] {
-            symlink("busybox", root.join("bin").join(applet)).unwrap();
+            match symlink("busybox", root.join("bin").join(applet)) {
+                Err(error) if error.kind() != ErrorKind::AlreadyExists => panic!("{applet}: {error}"),
+                _ => {}
+            }
         }
         std::fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").unwrap();
         format!("{SHARED_MOUNT}/{id}/rootfs")
