@@ -125,6 +125,7 @@ mod tests {
         let reaper = start().unwrap();
         let since = Instant::now();
         let shell = |script: &str| {
+            #[expect(clippy::zombie_processes, reason = "waiting is what is tried here")]
             let child = std::process::Command::new("sh").args(["-c", script]).spawn().unwrap();
             Pid::from_raw(i32::try_from(child.id()).unwrap())
         };

@@ -9,6 +9,7 @@
 mod adapt;
 mod create;
 mod join;
+mod seccomp;
 pub(crate) mod zygote;
 
 use std::{

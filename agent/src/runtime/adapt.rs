@@ -4,16 +4,21 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
+use super::seccomp;
 use crate::passwd;
 
 /// What holds for a container in this guest, whatever the host says: its cgroup is below the agent's, hooks are the host's affair,
 /// a name that is shared with the guest is the guest's, and there is no AppArmor or SELinux.
-pub(super) fn adapt(spec: &mut Spec, cgroup: &Path, terminal: bool) {
+pub(super) fn adapt(spec: &mut Spec, cgroup: &Path, terminal: bool) -> Result<(), String> {
     spec.set_hooks(None);
     let root = spec.root().as_ref().map(|root| root.path().clone());
     if let Some(mut linux) = spec.linux().clone() {
         linux.set_cgroups_path(Some(cgroup.to_owned()));
         linux.set_mount_label(None);
+        if let Some(mut profile) = linux.seccomp().clone() {
+            seccomp::for_libcontainer(&mut profile)?;
+            linux.set_seccomp(Some(profile));
+        }
         let mut namespaces = linux.namespaces().iter().flatten();
         if !namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Uts) {
             spec.set_hostname(None).set_domainname(None);
@@ -29,6 +34,7 @@ pub(super) fn adapt(spec: &mut Spec, cgroup: &Path, terminal: bool) {
         process.set_env(Some(environment));
         spec.set_process(Some(process));
     }
+    Ok(())
 }
 
 pub(super) fn adapt_process(process: &mut Process, terminal: bool) {
@@ -67,7 +73,7 @@ mod tests {
             "linux": {"cgroupsPath": "/k8s.io/abc"},
         }))
         .unwrap();
-        adapt(&mut spec, Path::new("/system.slice/agent/abc"), true);
+        adapt(&mut spec, Path::new("/system.slice/agent/abc"), true).unwrap();
         assert!(spec.hooks().is_none());
         let process = spec.process().as_ref().unwrap();
         assert_eq!((process.apparmor_profile(), process.terminal()), (&None, Some(true)));

@@ -46,7 +46,7 @@ pub(super) fn create(
         // It may be on a volume, which is not seen from here; libcontainer fails if it is nowhere.
         tracing::error!("the working directory {} cannot be made: {error}", folder.display());
     }
-    adapt(&mut spec, cgroup, console.is_some());
+    adapt(&mut spec, cgroup, console.is_some())?;
     spec.save(bundle.join("config.json")).map_err(|error| chain(&error))?;
     let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_root_path(records())

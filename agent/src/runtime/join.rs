@@ -15,7 +15,7 @@ use std::{
 };
 
 use libcontainer::{
-    capabilities, seccomp,
+    capabilities,
     syscall::{Syscall, syscall::create_syscall},
     tty,
 };
@@ -27,7 +27,7 @@ use nix::{
 };
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
-use super::{adapt::adapt_process, chain};
+use super::{SPEC, adapt::adapt_process, chain, seccomp};
 use crate::passwd;
 
 /// Makes the calling process, which is in the container's cgroup and PID namespace, one of the container. Returns only with the
@@ -39,12 +39,16 @@ pub(super) fn join(init: BorrowedFd<'_>, bundle: &Path, process: &Path, console:
 }
 
 fn try_join(init: BorrowedFd<'_>, bundle: &Path, process: &Path, console: Option<&Path>) -> Result<Infallible, String> {
-    let spec = Spec::load(bundle.join("config.json")).map_err(|error| chain(&error))?;
+    let spec = Spec::load(bundle.join(SPEC)).map_err(|error| chain(&error))?;
     let mut process: Process = std::fs::read(process)
         .and_then(|text| Ok(serde_json::from_slice(&text)?))
         .map_err(|error| format!("the process's specification cannot be read: {error}"))?;
     adapt_process(&mut process, console.is_some());
     let syscall = create_syscall();
+    let profile = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
+    let filter = profile.map(|profile| seccomp::filter(bundle, profile)).transpose()?;
+    let apply_filter = || filter.as_ref().map_or(Ok(()), seccomp::Filter::apply);
+    let unfiltered = "applying the seccomp filter failed";
     let console = console
         .map(UnixStream::connect)
         .transpose()
@@ -85,14 +89,9 @@ fn try_join(init: BorrowedFd<'_>, bundle: &Path, process: &Path, console: Option
     become_user(&process, syscall.as_ref())?;
     syscall.close_range(0).map_err(|error| chain(&error))?;
 
-    let filter = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
-    let apply_filter = || match filter.map(seccomp::initialize_seccomp).transpose() {
-        Ok(_) => Ok(()),
-        Err(error) => Err(format!("applying the seccomp filter failed: {}", chain(&error))),
-    };
     // Without no_new_privs it takes a capability that the process is about to lose.
     if privileges_stay {
-        apply_filter()?;
+        apply_filter().map_err(failed(unfiltered))?;
     }
     capabilities::reset_effective(syscall.as_ref()).map_err(|error| chain(&error))?;
     if let Some(wanted) = process.capabilities() {
@@ -107,7 +106,7 @@ fn try_join(init: BorrowedFd<'_>, bundle: &Path, process: &Path, console: Option
     }
     let program = Program::new(&process)?;
     if !privileges_stay {
-        apply_filter()?;
+        apply_filter().map_err(failed(unfiltered))?;
     }
     Err(program.execute())
 }
