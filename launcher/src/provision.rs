@@ -49,6 +49,9 @@ fn service_unit() -> String {
          Type=exec\n\
          ExecStart={AGENT_MOUNT}/coreos-kvm-agent\n\
          StandardOutput=journal+console\n\
+         # When the guest powers off, what the agent leaves behind is killed with it.\n\
+         KillMode=mixed\n\
+         TimeoutStopSec=15s\n\
          StandardError=journal+console\n\
          Delegate=yes\n\
          TasksMax=infinity\n\

@@ -1,14 +1,14 @@
 //! The unprivileged user of one machine's processes. Each machine has one of its own, from the range that the configuration
 //! gives, so that a guest that broke out of its QEMU could still not touch another's.
 //!
-//! A uid is taken by a file of its number in `<state_dir>/.uids` that holds the machine's name. Nothing else on the node has
-//! to know the users: no line in /etc/passwd is needed.
+//! A uid is taken by a file `<state_dir>/.uid-<number>` that holds the machine's name. Nothing else on the node has to know
+//! the users: no line in /etc/passwd is needed.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, File, OpenOptions},
     hash::{DefaultHasher, Hash, Hasher},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
@@ -45,13 +45,13 @@ impl UserError {
 /// # Errors
 /// When all are taken, or files cannot be written.
 pub fn allocate(state_dir: &Path, first: u32, count: u32, id: &MachineId) -> Result<u32, UserError> {
-    let (folder, _lock) = lock(state_dir)?;
+    let _lock = lock(state_dir)?;
     let mut hasher = DefaultHasher::new();
     id.as_str().hash(&mut hasher);
     let start = u32::try_from(hasher.finish() % u64::from(count.max(1))).unwrap_or_default();
     for offset in 0..count {
         let uid = first.saturating_add((start + offset) % count);
-        let path = folder.join(uid.to_string());
+        let path = path_of(state_dir, uid);
         if let Ok(owner) = fs::read_to_string(&path) {
             if state_dir.join(&owner).exists() {
                 continue;
@@ -76,27 +76,22 @@ pub fn allocate(state_dir: &Path, first: u32, count: u32, id: &MachineId) -> Res
 /// # Errors
 /// When its file cannot be removed.
 pub fn release(state_dir: &Path, uid: u32) -> Result<(), UserError> {
-    let path = state_dir.join(UIDS).join(uid.to_string());
+    let path = path_of(state_dir, uid);
     match fs::remove_file(&path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(UserError::io("removing the file", &path)(error)),
         _ => Ok(()),
     }
 }
 
-/// A machine's name never begins with a dot.
-const UIDS: &str = ".uids";
+/// A machine's name, which names a folder here, never begins with a dot.
+fn path_of(state_dir: &Path, uid: u32) -> PathBuf {
+    state_dir.join(format!(".uid-{uid}"))
+}
 
-fn lock(state_dir: &Path) -> Result<(PathBuf, Flock<File>), UserError> {
-    let folder = state_dir.join(UIDS);
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(&folder)
-        .map_err(UserError::io("making the directory", &folder))?;
-    let file = File::open(&folder).map_err(UserError::io("opening the directory", &folder))?;
-    let lock = Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, error)| UserError::io("locking the directory", &folder)(error.into()))?;
-    Ok((folder, lock))
+fn lock(state_dir: &Path) -> Result<Flock<File>, UserError> {
+    let file = File::open(state_dir).map_err(UserError::io("opening the directory", state_dir))?;
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, error)| UserError::io("locking the directory", state_dir)(error.into()))
 }
 
 #[cfg(test)]

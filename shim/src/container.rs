@@ -17,7 +17,7 @@ use containerd_shim_protos::{
 use coreos_kvm_launcher::agent::AgentError;
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::{
     error::ShimError,
@@ -30,8 +30,10 @@ use crate::{
     streams::Stdio,
 };
 
-/// Longest time that a lost connection to the agent stays without the machine's end, until the agent is asked anew.
-const LOST: Duration = Duration::from_secs(10);
+/// How long an agent that cannot be reached is given to be reached again, or for its machine to end by itself.
+const LOST: Duration = Duration::from_secs(30);
+/// Pause between two attempts to reach it.
+const AGAIN: Duration = Duration::from_secs(1);
 /// Longest time that an init's end waits for those of its container's other processes, which come first.
 const EXECS: Duration = Duration::from_secs(5);
 /// What a guest is given to power off when its sandbox is asked to end, rather than killed.
@@ -244,7 +246,9 @@ impl Container {
     }
 
     async fn followed(&self, process: &Process) -> (u32, bool) {
+        let mut lost_since = None;
         loop {
+            let asked = Instant::now();
             let error = match self.machine.agent().wait_process(process.name()).await {
                 Ok(exit) => return (exit.status, exit.oom_killed),
                 Err(error) => error,
@@ -257,11 +261,26 @@ impl Container {
                 );
                 return (KILLED, false);
             }
-            // Mostly the machine is ending. If it is not, the agent is reached again, or fails and takes the machine with it.
-            if timeout(LOST, self.machine.exited()).await.is_ok() {
+            // Mostly the machine is ending.
+            if timeout(AGAIN, self.machine.exited()).await.is_ok() {
                 return (KILLED, false);
             }
-            tracing::warn!(container_id = self.id, exec_id = process.exec_id(), %error, "the agent is asked again");
+            let since = *lost_since.get_or_insert(asked);
+            if asked.elapsed() > LOST {
+                // The call had lasted, so the agent had been reached.
+                lost_since = None;
+            } else if since.elapsed() > LOST {
+                self.give_up_machine(&error).await;
+                return (KILLED, false);
+            }
+        }
+    }
+
+    /// A guest whose agent is gone can be asked for nothing any more: what cannot be ended in it ends with its machine.
+    async fn give_up_machine(&self, error: &AgentError) {
+        tracing::error!(container_id = self.id, %error, "the machine is ended, for its agent does not answer");
+        if let Err(error) = self.machine.shutdown(Duration::ZERO).await {
+            tracing::error!(%error, "the machine could not be ended");
         }
     }
 
@@ -310,7 +329,15 @@ impl Container {
             return Err(ShimError::NotFound("the process has ended already".to_owned()));
         }
         if self.role != Role::Sandbox {
-            return Ok(self.machine.agent().signal_process(process.name(), signal, all).await?);
+            return match self.machine.agent().signal_process(process.name(), signal, all).await {
+                Err(
+                    error @ (AgentError::Unreachable { .. } | AgentError::Lost { .. } | AgentError::Timeout { .. }),
+                ) if i32::try_from(signal) == Ok(libc::SIGKILL) => {
+                    self.give_up_machine(&error).await;
+                    Ok(())
+                }
+                result => Ok(result?),
+            };
         }
         match i32::try_from(signal) {
             Ok(libc::SIGKILL) => self.machine.shutdown(Duration::ZERO).await,
