@@ -101,7 +101,15 @@ async fn containers_in_a_guest_are_what_their_specifications_say() {
         a_further_process_starts_fast,
     );
     assert!(failed.is_empty(), "failed: {}", failed.join(", "));
+    let begin = Instant::now();
     vm.shutdown(Duration::from_secs(30)).await.unwrap();
+    eprintln!("powering off: {:.1} s", begin.elapsed().as_secs_f64());
+    let exit = vm.exited().await;
+    assert_eq!(
+        (exit.reason.as_str(), exit.orderly),
+        ("the guest powered off", true),
+        "{exit:?}"
+    );
     place.assert_nothing_is_left(&machine);
 }
 

@@ -1,7 +1,6 @@
 //! Containers of Debian's busybox in a guest, by the agent's client alone.
 
 use std::{
-    io::ErrorKind,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     time::Duration,
@@ -19,8 +18,11 @@ use super::{cache, present, spec};
 /// Longer than anything takes that works.
 pub const BOUND: Duration = Duration::from_secs(60);
 
+#[allow(clippy::declare_interior_mutable_const)] // copied wherever it is used
 pub const OUTPUT: Streams = streams(false, true, true, false);
+#[allow(clippy::declare_interior_mutable_const)] // copied wherever it is used
 pub const PIPES: Streams = streams(true, true, true, false);
+#[allow(clippy::declare_interior_mutable_const)] // copied wherever it is used
 pub const TERMINAL: Streams = streams(true, true, false, true);
 
 const fn streams(stdin: bool, stdout: bool, stderr: bool, terminal: bool) -> Streams {
@@ -63,6 +65,11 @@ impl<'a> Bed<'a> {
     /// Makes a root file system for `id`; answers its path in the guest.
     pub fn root(self, id: &str) -> String {
         let root = self.vm.shared_dir().join(id).join("rootfs");
+        let in_guest = format!("{SHARED_MOUNT}/{id}/rootfs");
+        // Its programs may be running.
+        if root.exists() {
+            return in_guest;
+        }
         let debian = present("COREOS_KVM_BUSYBOX", cache().join("busybox"), "`devtool setup`");
         for folder in [
             "bin",
@@ -87,13 +94,10 @@ impl<'a> Bed<'a> {
             "cat", "chroot", "dd", "echo", "env", "false", "grep", "head", "hostname", "id", "ls", "mkdir", "mount",
             "ps", "seq", "sh", "sleep", "stty", "sync", "tail", "touch", "tr", "true", "tty", "wc", "yes",
         ] {
-            match symlink("busybox", root.join("bin").join(applet)) {
-                Err(error) if error.kind() != ErrorKind::AlreadyExists => panic!("{applet}: {error}"),
-                _ => {}
-            }
+            symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
         std::fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").unwrap();
-        format!("{SHARED_MOUNT}/{id}/rootfs")
+        in_guest
     }
 
     /// A container that was created, from a specification that `change` may alter, and is deleted by [`Self::remove`].
@@ -203,5 +207,5 @@ pub async fn read_until(stream: &mut StreamReader, expected: &str) -> String {
 }
 
 pub async fn bound<F: Future>(future: F) -> F::Output {
-    tokio::time::timeout(BOUND, future).await.expect("it takes too long")
+    tokio::time::timeout(BOUND, future).await.unwrap()
 }

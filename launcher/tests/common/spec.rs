@@ -111,7 +111,7 @@ fn seccomp() -> Value {
     })
 }
 
-/// All that ordinary programs call. mkdirat is left out, as a call of which one sees that the filter is in force.
+/// All that ordinary programs call.
 const SYSCALLS: &str = "
     accept accept4 access alarm arch_prctl bind brk capget capset chdir chmod chown clock_getres clock_gettime
     clock_nanosleep clock_settime close close_range connect copy_file_range creat dup dup2 dup3 epoll_create epoll_create1
