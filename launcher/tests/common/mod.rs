@@ -4,8 +4,8 @@
 //! COREOS_KVM_AGENT_DISK, the disk with the agent (in cargo's target folder); COREOS_KVM_TOOLS, the folder with virtiofsd
 //! and vhost-device-vsock (in the cache of devtool).
 
-// Each test program uses the part that it needs.
-#![allow(dead_code, unreachable_pub)]
+// Each test program uses the part that it needs; a test that cannot go on fails.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use std::{
     path::{Path, PathBuf},
