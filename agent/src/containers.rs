@@ -10,7 +10,10 @@ use std::{
     },
     path::{Path, PathBuf},
     process::Command,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Instant,
 };
 
@@ -38,6 +41,8 @@ pub(crate) struct Containers {
     /// The agent's part of the cgroup hierarchy.
     cgroup: PathBuf,
     processes: Mutex<HashMap<Key, Arc<Process>>>,
+    /// How many terminals there have been.
+    consoles: AtomicU64,
 }
 
 /// Processes that have not been started: what they are to run.
@@ -52,6 +57,7 @@ impl Containers {
             zygote,
             cgroup,
             processes: Mutex::default(),
+            consoles: AtomicU64::default(),
         }
     }
 
@@ -94,7 +100,7 @@ impl Containers {
             cgroup: self.cgroup.join(id),
             console,
         };
-        let pid = self.run(order, id, process, None).await?;
+        let pid = self.run(order, process, None).await?;
         process.made(pid, &self.reaper, since, false);
         Ok(pid.as_raw().unsigned_abs())
     }
@@ -103,14 +109,13 @@ impl Containers {
     async fn run(
         &self,
         order: impl FnOnce(Option<PathBuf>) -> Order,
-        name: &str,
         process: &Process,
         target: Option<Target>,
     ) -> Result<Pid, AgentError> {
         let console = if process.has_terminal() {
-            let path = folder(CONSOLES)?.join(&name[..name.len().min(40)]);
-            // One that a failed try left behind.
-            let _ = std::fs::remove_file(&path);
+            // Names may be too long for the path of a socket.
+            let number = self.consoles.fetch_add(1, Ordering::Relaxed);
+            let path = folder(CONSOLES)?.join(number.to_string());
             Some(ConsoleSocket::bind(path).map_err(AgentError::failed("making the console socket failed"))?)
         } else {
             None
@@ -174,7 +179,7 @@ impl Containers {
             let pid = if container_id == GUEST_CONTAINER_ID {
                 spawn_in_guest(&path, &process)?
             } else {
-                self.join(container_id, exec_id, &path, &process).await?
+                self.join(container_id, &path, &process).await?
             };
             process.made(pid, &self.reaper, since, true);
             let _ = std::fs::remove_file(path);
@@ -182,7 +187,7 @@ impl Containers {
         Ok(process.pid().map_or(0, |pid| pid.as_raw().unsigned_abs()))
     }
 
-    async fn join(&self, id: &str, exec_id: &str, spec: &Path, process: &Process) -> Result<Pid, AgentError> {
+    async fn join(&self, id: &str, spec: &Path, process: &Process) -> Result<Pid, AgentError> {
         let init = self.process(id, "")?;
         let (true, Some(pid)) = (init.is_running(), init.pid()) else {
             return Err(AgentError::FailedPrecondition(format!("container {id} does not run")));
@@ -194,7 +199,7 @@ impl Containers {
             process: spec.to_owned(),
             console,
         };
-        self.run(order, exec_id, process, Some(target)).await
+        self.run(order, process, Some(target)).await
     }
 
     /// How the process ended, and whether its container has seen an OOM kill.
