@@ -51,7 +51,8 @@ impl VirtioFsError {
 }
 
 /// Makes the two sides of the share: `points`, in which the host makes mount points, and `shared`, the same directory as the
-/// guest sees it; what is mounted below `shared` later shows in virtiofsd's namespace as well.
+/// guest sees it: read-only, lest the guest put a link where the host is about to mount something. What is mounted below
+/// `shared` later shows in virtiofsd's namespace as well, and is writable or not as it was mounted.
 ///
 /// # Errors
 /// Of mkdir(2) and mount(2).
@@ -71,6 +72,8 @@ pub fn prepare(points: &Path, shared: &Path) -> Result<(), VirtioFsError> {
         mount(none, shared, none, propagation, none)
             .map_err(VirtioFsError::io("setting the propagation of", shared))?;
     }
+    let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    mount(none, shared, none, read_only, none).map_err(VirtioFsError::io("making read-only", shared))?;
     Ok(())
 }
 
@@ -130,8 +133,12 @@ mod tests {
     #[test]
     fn mounts_below_the_directory_show_in_another_mount_namespace() {
         let root = tempfile::tempdir().unwrap();
-        let shared = root.path().join("shared");
-        prepare(&shared).unwrap();
+        let (points, shared) = (root.path().join("points"), root.path().join("shared"));
+        prepare(&points, &shared).unwrap();
+        assert!(
+            std::fs::create_dir(shared.join("inside")).is_err(),
+            "the share itself is writable"
+        );
         // A namespace that receives mounts, as virtiofsd's does, held by a process that waits for its stdin to end.
         let mut holder = std::process::Command::new("unshare")
             .args([
@@ -149,7 +156,7 @@ mod tests {
         let mut stdout = holder.stdout.take().unwrap();
         std::io::Read::read_exact(&mut stdout, &mut [0]).unwrap();
         let inside = shared.join("inside");
-        std::fs::create_dir(&inside).unwrap();
+        std::fs::create_dir(points.join("inside")).unwrap();
         mount(Some("tmpfs"), &inside, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         drop(holder.stdin.take());
         let mut seen = String::new();

@@ -9,6 +9,7 @@ mod common;
 
 use std::{
     panic::AssertUnwindSafe,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -79,6 +80,7 @@ async fn containers_in_a_guest_are_what_their_specifications_say() {
     let failed = trials!(
         bed,
         the_guest_is_the_pods,
+        the_guest_writes_only_to_what_is_mounted_for_it,
         output_and_exit_code_arrive,
         the_container_sees_its_own_world,
         the_wall_around_a_container_stands,
@@ -130,6 +132,23 @@ async fn the_guest_is_the_pods(bed: Bed<'_>) {
         told.starts_with("1\n80\ntmpfs") && told.contains("size=32768k") && told.ends_with("virtiofs\n1777\n"),
         "{told}"
     );
+}
+
+/// Else it could put a link where the host is about to mount something.
+async fn the_guest_writes_only_to_what_is_mounted_for_it(bed: Bed<'_>) {
+    let root = bed.root("reached");
+    let shared = Path::new(&root).ancestors().nth(2).unwrap().display();
+    for attempt in [
+        format!("ln -s /etc {shared}/later"),
+        format!("mkdir {shared}/reached/volumes"),
+        format!("mv {shared}/reached {shared}/moved"),
+        format!("mount -o remount,rw {shared} && touch {shared}/file"),
+    ] {
+        let (_, status) = run(bed.agent(), &["sh", "-c", &format!("{attempt} 2>&1")]).await;
+        assert_ne!(status, 0, "{attempt} works");
+    }
+    assert_eq!(run(bed.agent(), &["touch", &format!("{root}/file")]).await.1, 0);
+    bed.remove_root("reached");
 }
 
 async fn output_and_exit_code_arrive(bed: Bed<'_>) {
@@ -475,7 +494,7 @@ async fn what_cannot_be_run_is_named(bed: Bed<'_>) {
         "{rootless}"
     );
     for id in ["missing", "no-folder", "rootless"] {
-        std::fs::remove_dir_all(bed.vm.shared_dir().join(id)).unwrap();
+        bed.remove_root(id);
     }
 
     bed.start_idle("asked").await;
@@ -565,7 +584,7 @@ async fn names_and_states_are_checked(bed: Bed<'_>) {
 async fn a_container_that_never_started_can_be_deleted(bed: Bed<'_>) {
     bed.create("unborn", &["true"], OUTPUT, |_| ()).await.unwrap();
     bed.agent().delete_process(init("unborn")).await.unwrap();
-    std::fs::remove_dir_all(bed.vm.shared_dir().join("unborn")).unwrap();
+    bed.remove_root("unborn");
 }
 
 async fn many_containers_at_once(bed: Bed<'_>) {

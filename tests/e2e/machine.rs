@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_cri::v1::PodSandboxState;
 use libtest_mimic::Trial;
 
-use crate::lab::{IGNITED_FILE, IGNITED_UNIT, IGNITED_UNIT_FILE, Lab, Together};
+use crate::lab::{IGNITED_FILE, IGNITED_UNIT, IGNITED_UNIT_FILE, Lab, Together, eventually};
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     vec![
@@ -55,8 +56,12 @@ fn ignition(lab: &Together<'_>) -> Result<()> {
     let (path, content) = IGNITED_FILE;
     let found = lab.in_guest(&shared.id, &["cat", path])?;
     ensure!(found.trim() == content, "{path} has {found:?}");
-    let state = lab.in_guest(&shared.id, &["systemctl", "is-active", IGNITED_UNIT])?;
-    ensure!(state.trim() == "active", "{IGNITED_UNIT} is {state:?}");
+    // systemd starts it when the pod may already be ready.
+    eventually(Duration::from_secs(30), || {
+        let state = lab.in_guest(&shared.id, &["systemctl", "is-active", IGNITED_UNIT])?;
+        ensure!(state.trim() == "active", "{IGNITED_UNIT} is {state:?}");
+        Ok(())
+    })?;
     let found = lab.in_guest(&shared.id, &["cat", IGNITED_UNIT_FILE])?;
     ensure!(found == "started\n", "{IGNITED_UNIT_FILE} has {found:?}");
     Ok(())

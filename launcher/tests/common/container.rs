@@ -11,6 +11,7 @@ use coreos_kvm_launcher::{
     vm::Vm,
 };
 use coreos_kvm_proto::{SHARED_MOUNT, agent::Streams};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::Value;
 
 use super::{cache, present, spec};
@@ -64,7 +65,7 @@ impl<'a> Bed<'a> {
 
     /// Makes a root file system for `id`; answers its path in the guest.
     pub fn root(self, id: &str) -> String {
-        let root = self.vm.shared_dir().join(id).join("rootfs");
+        let root = self.vm.mount_points_dir().join(id).join("rootfs");
         let in_guest = format!("{SHARED_MOUNT}/{id}/rootfs");
         // Its programs may be running.
         if root.exists() {
@@ -97,7 +98,16 @@ impl<'a> Bed<'a> {
             symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
         std::fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").unwrap();
+        // What is not mounted, the guest cannot write to.
+        let shown = self.vm.shared_dir().join(id).join("rootfs");
+        mount(Some(&root), &shown, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
         in_guest
+    }
+
+    /// Removes what [`Self::root`] has made.
+    pub fn remove_root(self, id: &str) {
+        umount2(&self.vm.shared_dir().join(id).join("rootfs"), MntFlags::MNT_DETACH).unwrap();
+        std::fs::remove_dir_all(self.vm.mount_points_dir().join(id)).unwrap();
     }
 
     /// A container that was created, from a specification that `change` may alter, and is deleted by [`Self::remove`].
@@ -129,7 +139,7 @@ impl<'a> Bed<'a> {
         let _ = self.agent().signal_process(init(id), 9, true).await;
         bound(self.agent().wait_process(init(id))).await.unwrap();
         self.agent().delete_process(init(id)).await.unwrap();
-        std::fs::remove_dir_all(self.vm.shared_dir().join(id)).unwrap();
+        self.remove_root(id);
     }
 
     /// Runs a container to its end.
@@ -137,7 +147,7 @@ impl<'a> Bed<'a> {
         self.create(id, args, OUTPUT, change).await.unwrap();
         let outcome = self.attend(init(id)).await;
         self.agent().delete_process(init(id)).await.unwrap();
-        std::fs::remove_dir_all(self.vm.shared_dir().join(id)).unwrap();
+        self.remove_root(id);
         outcome
     }
 

@@ -126,19 +126,28 @@ fn show_machine(steps: &Steps, node: &Node, sandbox: &str) -> Result<()> {
 
     let file = steps.step("a file that Ignition wrote: /etc/motd", || guest(&["cat", "/etc/motd"]))?;
     steps.show(&file);
+    ensure!(file.contains("Ignition"), "Ignition's file is not in the guest");
+    // The pod is ready as soon as containers can be run in it; systemd starts its other units meanwhile.
     let unit = steps.step("a systemd unit that Ignition added: hello.service", || {
-        guest(&[
-            "systemctl",
-            "show",
-            "--property=Description,ActiveState",
-            "hello.service",
-        ])
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let unit = guest(&[
+                "systemctl",
+                "show",
+                "--property=Description,ActiveState",
+                "hello.service",
+            ])?;
+            if unit.contains("ActiveState=active") {
+                return Ok(unit);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the unit that Ignition added does not start: {unit}"
+            );
+            std::thread::sleep(Duration::from_millis(200));
+        }
     })?;
     steps.show(&unit);
-    ensure!(
-        file.contains("Ignition") && unit.contains("ActiveState=active"),
-        "Ignition's work is not in the guest"
-    );
     Ok(())
 }
 
