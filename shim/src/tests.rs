@@ -43,7 +43,7 @@ struct Node {
 
 impl Node {
     async fn new() -> Self {
-        Self::with(|machine| Start::Works(machine)).await
+        Self::with(Start::Works).await
     }
 
     async fn with(start: impl FnOnce(Arc<FakeMachine>) -> Start) -> Self {

@@ -34,6 +34,8 @@ use crate::{
 pub(super) const QEMU: u32 = 4711;
 
 type Key = (String, String);
+/// Exit status, and whether it was for want of memory; None as long as the process runs.
+type Exit = watch::Sender<Option<(u32, bool)>>;
 
 /// What the test sees and decides of the guest.
 #[derive(Default)]
@@ -48,7 +50,7 @@ pub(super) struct Guest {
     pub(super) stdin: Mutex<HashMap<String, Vec<u8>>>,
     pub(super) sandbox: Mutex<Option<proto::ConfigureSandboxRequest>>,
     pub(super) spec: Mutex<Option<serde_json::Value>>,
-    exits: Mutex<HashMap<Key, watch::Sender<Option<(u32, bool)>>>>,
+    exits: Mutex<HashMap<Key, Exit>>,
     /// A process that ends before its start has been answered.
     pub(super) ends_at_once: Mutex<bool>,
 }
@@ -68,7 +70,7 @@ impl Guest {
         }
     }
 
-    fn exit(&self, container: &str, exec: &str) -> watch::Sender<Option<(u32, bool)>> {
+    fn exit(&self, container: &str, exec: &str) -> Exit {
         let mut exits = self.exits.lock().unwrap();
         exits
             .entry((container.to_owned(), exec.to_owned()))
