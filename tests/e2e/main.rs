@@ -15,6 +15,7 @@ mod container;
 mod death;
 mod events;
 mod exec;
+mod install;
 mod lab;
 mod machine;
 mod many;
@@ -35,7 +36,7 @@ fn run() -> Result<ExitCode> {
     let (chosen, arguments) = arguments()?;
 
     let mut labs = Vec::new();
-    let mut trials = Vec::new();
+    let mut trials = install::trials();
     for version in Containerd::ALL
         .into_iter()
         .filter(|version| chosen.is_none_or(|chosen| chosen == *version))
