@@ -28,7 +28,11 @@ fn install() -> Result<()> {
         let said = said(Command::new(path("usr/local/bin").join(program)).arg(argument))?;
         ensure!(!said.stdout.is_empty(), "{program} {argument} says nothing");
     }
-    for file in ["agent.erofs", "guests/reference/guest.toml", "guests/reference/root.erofs"] {
+    for file in [
+        "agent.erofs",
+        "guests/reference/guest.toml",
+        "guests/reference/root.erofs",
+    ] {
         ensure!(path("var/lib/coreos-kvm").join(file).is_file(), "{file} is missing");
     }
 

@@ -3,12 +3,13 @@
 
 use std::fs;
 use std::io::Read as _;
+use std::ops::Range;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use coreos_kvm_proto::{GREETING, GREETING_MAX, READY_PORT};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -35,10 +36,12 @@ impl Bare {
         let mut arguments = Vec::new();
         while let Some(option) = words.next() {
             let value = words.next_if(|word| !word.starts_with('-'));
+            if !is_of_a_bare_machine(&option, value.as_deref().unwrap_or_default()) {
+                continue;
+            }
             let value = value.map(|value| with_files(&value, qemu, folder.path())).transpose()?;
             arguments.push((option, value));
         }
-        arguments.retain(|(option, value)| is_of_a_bare_machine(option, value.as_deref().unwrap_or_default()));
         let path = |file: &str| folder.path().join(file).display().to_string();
         arguments.push((
             "-chardev".to_owned(),
@@ -151,28 +154,38 @@ fn is_of_a_bare_machine(option: &str, value: &str) -> bool {
 /// Replaces the names of descriptors of the other process by names of files.
 fn with_files(value: &str, qemu: Pid, folder: &Path) -> Result<String> {
     let mut result = value.to_owned();
-    for prefix in ["/proc/self/fd/", "/dev/fdset/"] {
-        while let Some(start) = result.find(prefix) {
-            let digits: String = result[start + prefix.len()..]
-                .chars()
-                .take_while(char::is_ascii_digit)
-                .collect();
-            let descriptor = format!("/proc/{qemu}/fd/{digits}");
-            let file = fs::canonicalize(&descriptor);
-            let file = match file {
-                Ok(file) if file.is_file() => file,
-                // Without a name: a file in memory.
-                _ => {
-                    let copy = folder.join(format!("descriptor-{digits}"));
-                    fs::write(
-                        &copy,
-                        fs::read(&descriptor).with_context(|| format!("reading {descriptor}"))?,
-                    )?;
-                    copy
-                }
-            };
-            result.replace_range(start..start + prefix.len() + digits.len(), &file.display().to_string());
-        }
+    // Of a set's descriptor QEMU has made a copy under another number: the disk is told by its name.
+    if let Some((range, _)) = numbered(&result, "/dev/fdset/") {
+        let file = match () {
+            () if value.contains(r#""node-name":"root""#) => artifacts::guests()?.join("reference/root.erofs"),
+            () if value.contains(r#""node-name":"agent""#) => artifacts::agent_disk()?,
+            () => bail!("a disk that is not known: {value}"),
+        };
+        result.replace_range(range, &file.display().to_string());
+    }
+    while let Some((range, number)) = numbered(&result, "/proc/self/fd/") {
+        let descriptor = format!("/proc/{qemu}/fd/{number}");
+        let file = match fs::canonicalize(&descriptor) {
+            Ok(file) if file.is_file() => file,
+            // Without a name: a file in memory.
+            _ => {
+                let copy = folder.join(format!("descriptor-{number}"));
+                let content = fs::read(&descriptor).with_context(|| format!("reading {descriptor}"))?;
+                fs::write(&copy, content)?;
+                copy
+            }
+        };
+        result.replace_range(range, &file.display().to_string());
     }
     Ok(result)
+}
+
+/// Where `prefix` and the number behind it stand, and the number.
+fn numbered(text: &str, prefix: &str) -> Option<(Range<usize>, String)> {
+    let start = text.find(prefix)?;
+    let digits: String = text[start + prefix.len()..]
+        .chars()
+        .take_while(char::is_ascii_digit)
+        .collect();
+    Some((start..start + prefix.len() + digits.len(), digits))
 }
