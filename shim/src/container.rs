@@ -401,6 +401,30 @@ impl Container {
     pub(crate) async fn delete(&self, exec_id: &str) -> Result<Exit, ShimError> {
         let process = self.process(exec_id)?;
         let _turn = process.turn().await;
+        let exit = self.removed(&process).await?;
+        if process.is_init() {
+            self.events.publish(&TaskDelete {
+                container_id: self.id.clone(),
+                pid: self.pid(),
+                exit_status: exit.status,
+                exited_at: MessageField::some(exit.at.clone()),
+                ..Default::default()
+            });
+        }
+        Ok(exit)
+    }
+
+    /// Removes a container that was created but that nobody has heard of.
+    pub(crate) async fn abandon(&self) -> Result<(), ShimError> {
+        let _turn = self.init.turn().await;
+        self.removed(&self.init).await.map(drop)
+    }
+
+    /// To be called in the process's turn.
+    async fn removed(&self, process: &Process) -> Result<Exit, ShimError> {
+        if process.is_forgotten() {
+            return Err(ShimError::NotFound("the process has been deleted already".to_owned()));
+        }
         let state = process.state();
         match state {
             State::Running => return Err(ShimError::FailedPrecondition("the process still runs".to_owned())),
@@ -423,7 +447,8 @@ impl Container {
             _ => process.end(KILLED).unwrap_or_else(|| Exit::now(KILLED)),
         };
         if !process.is_init() {
-            self.execs().remove(exec_id);
+            self.execs().remove(process.exec_id());
+            process.forget();
             return Ok(exit);
         }
         let files = self.files.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -435,13 +460,7 @@ impl Container {
             // The machine's end unmounts everything below its directory.
             tracing::warn!(container_id = self.id, %error, "files of the container stay until its machine ends");
         }
-        self.events.publish(&TaskDelete {
-            container_id: self.id.clone(),
-            pid: self.pid(),
-            exit_status: exit.status,
-            exited_at: MessageField::some(exit.at.clone()),
-            ..Default::default()
-        });
+        process.forget();
         Ok(exit)
     }
 

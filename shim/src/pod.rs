@@ -75,13 +75,32 @@ impl Pod {
     /// # Errors
     /// When it cannot be; nothing of it is left then.
     pub(crate) async fn create(self: &Arc<Self>, request: &CreateTaskRequest) -> Result<Arc<Container>, ShimError> {
+        let given_up = CancellationToken::new();
+        let _guard = given_up.clone().drop_guard();
+        let (pod, request) = (self.clone(), request.clone());
+        carried_through(async move { pod.create_or_undo(&request, &given_up).await }).await
+    }
+
+    /// When the caller goes away before the end, nothing is left either, in the guest or on the host.
+    async fn create_or_undo(
+        self: &Arc<Self>,
+        request: &CreateTaskRequest,
+        given_up: &CancellationToken,
+    ) -> Result<Arc<Container>, ShimError> {
         let reservation = Reservation::new(self, &request.id)?;
-        let container = tokio::select! {
-            container = self.created(request) => container?,
-            () = self.closing.cancelled() => {
-                return Err(ShimError::FailedPrecondition("the pod is being removed".to_owned()));
+        let container = self.created(request, given_up).await?;
+        if given_up.is_cancelled() {
+            // The container's end ends the machine that it brought.
+            if let Err(error) = container.abandon().await {
+                tracing::warn!(container_id = request.id, %error, "something is left of a container that nobody waits for");
             }
-        };
+            if container.role() != Role::Member {
+                self.contents().machine = None;
+            }
+            return Err(ShimError::Internal(
+                "containerd has given up the container's creation".to_owned(),
+            ));
+        }
         self.events.publish(&TaskCreate {
             container_id: request.id.clone(),
             bundle: request.bundle.clone(),
@@ -103,7 +122,11 @@ impl Pod {
         Ok(container)
     }
 
-    async fn created(&self, request: &CreateTaskRequest) -> Result<Arc<Container>, ShimError> {
+    async fn created(
+        &self,
+        request: &CreateTaskRequest,
+        given_up: &CancellationToken,
+    ) -> Result<Arc<Container>, ShimError> {
         if !request.checkpoint.is_empty() {
             return Err(ShimError::Unimplemented(
                 "containers cannot be restored from checkpoints yet".to_owned(),
@@ -115,7 +138,17 @@ impl Pod {
             Role::Member => self
                 .machine()
                 .ok_or_else(|| ShimError::FailedPrecondition("the pod's machine does not run".to_owned()))?,
-            Role::Sandbox | Role::Alone => self.boot(request, &spec).await?,
+            // A start that is dropped undoes itself.
+            Role::Sandbox | Role::Alone => tokio::select! {
+                biased;
+                () = self.closing.cancelled() => {
+                    return Err(ShimError::FailedPrecondition("the pod is being removed".to_owned()));
+                }
+                () = given_up.cancelled() => {
+                    return Err(ShimError::Internal("containerd has given up the machine's start".to_owned()));
+                }
+                machine = self.boot(request, &spec) => machine?,
+            },
         };
         let wanted = Wanted {
             id: &request.id,
@@ -139,8 +172,12 @@ impl Pod {
 
     /// Starts the pod's machine and makes its guest the pod's.
     async fn boot(&self, request: &CreateTaskRequest, spec: &Spec) -> Result<Arc<dyn RunningMachine>, ShimError> {
-        if self.machine().is_some() {
-            return Err(ShimError::AlreadyExists("the pod has a machine already".to_owned()));
+        {
+            let contents = self.contents();
+            // Another container that is being created may be starting the machine.
+            if contents.machine.is_some() || contents.containers.len() > 1 {
+                return Err(ShimError::AlreadyExists("the pod has a machine already".to_owned()));
+            }
         }
         let path = options::config_path(request.options.as_ref())?;
         let config = Config::load_or_default(path.as_deref()).map_err(ShimError::invalid)?;
@@ -154,11 +191,11 @@ impl Pod {
 
         self.contents().booting = Some(record);
         let (machine, ports) = tokio::join!(self.hypervisor.start(&config, machine), self.ports(&request.id));
-        self.contents().booting = None;
-        let machine = machine?;
+        let machine = machine.inspect_err(|_| self.contents().booting = None)?;
         let identity = podspec::sandbox_request(&request.id, spec);
         if let Err(error) = machine.agent().configure_sandbox(&identity).await {
             self.give_up(&machine).await;
+            self.contents().booting = None;
             return Err(error.into());
         }
         tracing::info!(
@@ -167,7 +204,8 @@ impl Pod {
             ports,
             "the pod's machine is up"
         );
-        self.contents().machine = Some(machine.clone());
+        let mut contents = self.contents();
+        (contents.machine, contents.booting) = (Some(machine.clone()), None);
         Ok(machine)
     }
 
@@ -267,6 +305,16 @@ impl Pod {
         // Every change leaves the contents whole.
         self.contents.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Does `work` to its end, also when whoever asked for it goes away meanwhile: ttrpc drops a call when the client's time is
+/// over or its connection is lost, as every connection is when containerd is restarted.
+pub(crate) async fn carried_through<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ShimError>> + Send + 'static,
+) -> Result<T, ShimError> {
+    tokio::spawn(work)
+        .await
+        .unwrap_or_else(|error| Err(ShimError::while_doing("answering containerd")(error)))
 }
 
 /// A container's id while it is being created; dropping it frees the id.

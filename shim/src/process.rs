@@ -1,7 +1,13 @@
 //! One process as containerd knows it: created, running, stopped. Its life is changed in one place at a time, and its end comes
 //! once.
 
-use std::{future::Future, sync::Arc};
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use containerd_shim_protos::api::Status;
 use coreos_kvm_launcher::agent::ProcessName;
@@ -58,6 +64,7 @@ pub(crate) struct Process {
     pub(crate) stdio: Stdio,
     pub(crate) copies: Copies,
     state: watch::Sender<State>,
+    forgotten: AtomicBool,
     turn: Mutex<()>,
 }
 
@@ -70,6 +77,7 @@ impl Process {
             stdio,
             copies: Copies::default(),
             state: watch::Sender::new(State::Created),
+            forgotten: AtomicBool::new(false),
             turn: Mutex::new(()),
         })
     }
@@ -99,6 +107,15 @@ impl Process {
 
     pub(crate) fn has_stopped(&self) -> bool {
         matches!(*self.state.borrow(), State::Stopped(_))
+    }
+
+    /// It is deleted: whoever waited for its turn meanwhile finds nothing to delete any more.
+    pub(crate) fn forget(&self) {
+        self.forgotten.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_forgotten(&self) -> bool {
+        self.forgotten.load(Ordering::Relaxed)
     }
 
     /// Held by whoever starts, ends or deletes the process: its start is published before its end, even if it ends at once.

@@ -15,7 +15,14 @@ use containerd_shim_protos::{
 use protobuf::MessageField;
 use ttrpc::r#async::TtrpcContext;
 
-use crate::{error::ShimError, metrics, pod::Pod, podspec::Role, process::State, streams::Stdio};
+use crate::{
+    error::ShimError,
+    metrics,
+    pod::{Pod, carried_through},
+    podspec::Role,
+    process::State,
+    streams::Stdio,
+};
 
 type Answer<T> = ttrpc::Result<T>;
 
@@ -57,9 +64,10 @@ impl Task for Service {
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
         let container = self.pod.container(&request.id)?;
-        container.start(&request.exec_id).await?;
+        let pid = container.pid();
+        carried_through(async move { container.start(&request.exec_id).await }).await?;
         Ok(StartResponse {
-            pid: container.pid(),
+            pid,
             ..Default::default()
         })
     }
@@ -108,7 +116,8 @@ impl Task for Service {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
-        let (exit, pid) = self.pod.delete(&request.id, &request.exec_id).await?;
+        let pod = self.pod.clone();
+        let (exit, pid) = carried_through(async move { pod.delete(&request.id, &request.exec_id).await }).await?;
         Ok(DeleteResponse {
             pid,
             exit_status: exit.status,
@@ -126,10 +135,8 @@ impl Task for Service {
         };
         // typeurl of the OCI specification's process, whose encoding is JSON.
         let process = request.spec.into_option().unwrap_or_default().value;
-        self.pod
-            .container(&request.id)?
-            .exec(&request.exec_id, process, stdio)
-            .await?;
+        let container = self.pod.container(&request.id)?;
+        carried_through(async move { container.exec(&request.exec_id, process, stdio).await }).await?;
         Ok(Empty::default())
     }
 
@@ -161,12 +168,14 @@ impl Task for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
-        self.pod.container(&request.id)?.pause().await?;
+        let container = self.pod.container(&request.id)?;
+        carried_through(async move { container.pause().await }).await?;
         Ok(Empty::default())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
-        self.pod.container(&request.id)?.resume().await?;
+        let container = self.pod.container(&request.id)?;
+        carried_through(async move { container.resume().await }).await?;
         Ok(Empty::default())
     }
 

@@ -135,6 +135,18 @@ impl Node {
         events
     }
 
+    /// Does `call` until the guest has been asked to do `what`, and then goes away, as a client does whose time is over.
+    async fn give_up_after<T>(&self, what: &str, call: impl Future<Output = ttrpc::Result<T>>) {
+        tokio::select! {
+            _ = call => panic!("the call is answered"),
+            () = self.guest_is_asked_to(what) => {}
+        }
+    }
+
+    async fn guest_is_asked_to(&self, what: &str) {
+        until(|| self.guest.calls.lock().unwrap().iter().any(|call| call == what)).await;
+    }
+
     fn no_more_events(&mut self) {
         if let Ok(event) = self.events.try_recv() {
             panic!("there is one event more: {}", words(&event));
@@ -200,6 +212,15 @@ fn words(envelope: &Envelope) -> String {
         }
         topic => panic!("an event of the topic {topic}"),
     }
+}
+
+async fn until(mut holds: impl FnMut() -> bool) {
+    let waiting = async {
+        while !holds() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(SOON, waiting).await.unwrap();
 }
 
 fn fifo(folder: &Path, name: &str) -> PathBuf {
@@ -407,6 +428,75 @@ async fn a_container_alone_has_a_machine_of_its_own_that_ends_with_it() {
     use crate::hypervisor::RunningMachine as _;
     timeout(SOON, node.machine.exited()).await.unwrap();
     assert_eq!(node.events(1).await, ["delete alone 4"]);
+}
+
+#[tokio::test]
+async fn a_container_whose_creation_is_given_up_leaves_nothing() {
+    let mut node = Node::new().await;
+    node.run_sandbox().await;
+    node.guest.held.send_replace("create");
+    let service = Service::new(node.pod.clone());
+    node.give_up_after("create c1", service.create(&context(), node.container_request("c1")))
+        .await;
+    node.guest.held.send_replace("");
+    node.guest_is_asked_to("delete c1").await;
+    until(|| node.mounts().is_empty()).await;
+    assert!(matches!(node.pod.container("c1"), Err(ShimError::NotFound(_))));
+    node.no_more_events();
+}
+
+#[tokio::test]
+async fn the_machine_of_a_container_alone_whose_creation_is_given_up_ends() {
+    use crate::hypervisor::RunningMachine as _;
+
+    let mut node = Node::new().await;
+    node.guest.held.send_replace("create");
+    let service = Service::new(node.pod.clone());
+    let request = node.request("alone", json!({}));
+    node.give_up_after("create alone", service.create(&context(), request))
+        .await;
+    node.guest.held.send_replace("");
+    timeout(SOON, node.machine.exited()).await.unwrap();
+    until(|| node.pod.machine().is_none()).await;
+    node.no_more_events();
+}
+
+#[tokio::test]
+async fn a_start_is_carried_through_when_nobody_waits_for_it() {
+    use containerd_shim_protos::api::StartRequest;
+
+    let mut node = Node::new().await;
+    node.run_sandbox().await;
+    node.run("c1").await;
+    let container = node.pod.container("c1").unwrap();
+    container.exec("e1", b"{}".to_vec(), Stdio::default()).await.unwrap();
+    node.guest.held.send_replace("start");
+    let service = Service::new(node.pod.clone());
+    let request = StartRequest {
+        id: "c1".to_owned(),
+        exec_id: "e1".to_owned(),
+        ..Default::default()
+    };
+    node.give_up_after("start c1/e1", service.start(&context(), request))
+        .await;
+    node.guest.held.send_replace("");
+    assert_eq!(node.events(2).await, ["exec-added c1/e1", "exec-started c1/e1"]);
+    node.guest.end("c1", "e1", 0);
+    assert_eq!(node.events(1).await, ["exit c1/e1 0"]);
+}
+
+#[tokio::test]
+async fn a_container_that_is_deleted_twice_at_once_is_told_once() {
+    let mut node = Node::new().await;
+    node.run_sandbox().await;
+    node.run("c1").await;
+    node.guest.end("c1", "", 0);
+    assert_eq!(node.events(1).await, ["exit c1 0"]);
+    let (first, second) = tokio::join!(node.pod.delete("c1", ""), node.pod.delete("c1", ""));
+    assert_eq!(first.unwrap().0.status, 0);
+    assert!(matches!(second, Err(ShimError::NotFound(_))));
+    assert_eq!(node.events(1).await, ["delete c1 0"]);
+    node.no_more_events();
 }
 
 #[tokio::test]

@@ -44,6 +44,8 @@ pub(super) struct Guest {
     pub(super) calls: Mutex<Vec<String>>,
     /// A call of this name fails with these words.
     pub(super) fails: Mutex<HashMap<&'static str, &'static str>>,
+    /// Calls of this name are not answered until it is set to something else.
+    pub(super) held: watch::Sender<&'static str>,
     /// What processes print, by container.
     pub(super) prints: Mutex<HashMap<String, Vec<u8>>>,
     /// What came to a container's stdin, once it has ended.
@@ -68,6 +70,10 @@ impl Guest {
             ))),
             None => Ok(()),
         }
+    }
+
+    async fn let_go(&self, name: &'static str) {
+        self.held.subscribe().wait_for(|held| *held != name).await.unwrap();
     }
 
     fn exit(&self, container: &str, exec: &str) -> Exit {
@@ -152,6 +158,7 @@ impl Agent for FakeAgent {
         request: proto::CreateContainerRequest,
     ) -> ttrpc::Result<proto::CreateProcessResponse> {
         self.0.called("create", request.container_id.clone())?;
+        self.0.let_go("create").await;
         *self.0.spec.lock().unwrap() = Some(serde_json::from_slice(&request.spec).unwrap());
         Ok(proto::CreateProcessResponse::default())
     }
@@ -159,6 +166,7 @@ impl Agent for FakeAgent {
     async fn create_exec(&self, _: &TtrpcContext, request: proto::CreateExecRequest) -> ttrpc::Result<proto::Empty> {
         self.0
             .called("exec", format!("{}/{}", request.container_id, request.exec_id))?;
+        self.0.let_go("exec").await;
         Ok(proto::Empty::default())
     }
 
@@ -168,6 +176,7 @@ impl Agent for FakeAgent {
         request: proto::ProcessRequest,
     ) -> ttrpc::Result<proto::CreateProcessResponse> {
         self.0.called("start", name(&request))?;
+        self.0.let_go("start").await;
         if *self.0.ends_at_once.lock().unwrap() {
             self.0.end(&request.container_id, &request.exec_id, 3);
             // Long enough for the news of the end to overtake the answer.
@@ -207,6 +216,7 @@ impl Agent for FakeAgent {
         request: proto::ProcessRequest,
     ) -> ttrpc::Result<proto::WaitProcessResponse> {
         self.0.called("delete", name(&request))?;
+        self.0.let_go("delete").await;
         self.0.end(&request.container_id, &request.exec_id, 137);
         Ok(proto::WaitProcessResponse::default())
     }
