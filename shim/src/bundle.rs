@@ -7,10 +7,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use coreos_kvm_launcher::{
+    state::{ProcessId, StateDir},
+    vm,
+};
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
 
-use crate::error::ShimError;
+use crate::error::{ShimError, sentence};
 
 const RECORD: &str = "coreos-kvm.json";
 const ADDRESS: &str = "address";
@@ -31,6 +35,8 @@ pub(crate) fn spec(bundle: &Path) -> Result<Spec, ShimError> {
 pub(crate) struct Record {
     pub(crate) machine: String,
     pub(crate) state_dir: PathBuf,
+    /// The shim that was to start it: another's machine may have the name, for ids are unique in a namespace of containerd alone.
+    pub(crate) shim: Option<ProcessId>,
 }
 
 impl Record {
@@ -46,6 +52,22 @@ impl Record {
             Ok(serde_json::to_writer(file, self)?)
         };
         write().map_err(ShimError::while_doing(format!("writing {}", path.display())))
+    }
+
+    /// Ends the machine, if it is still there, and frees what it held.
+    ///
+    /// # Errors
+    /// When something of it is left.
+    pub(crate) async fn end_machine(&self) -> Result<(), ShimError> {
+        let id = self.machine.parse().map_err(ShimError::invalid)?;
+        // A record that cannot be read is for `destroy` to tell, which frees what it can without one.
+        if let Ok(Some(found)) = StateDir::of(&self.state_dir, &id).read()
+            && found.launcher != self.shim
+        {
+            return Ok(());
+        }
+        let ended = vm::destroy(&self.state_dir, &id).await;
+        ended.map_err(|error| ShimError::Internal(sentence(&error)))
     }
 
     /// None where no machine was ever to be.

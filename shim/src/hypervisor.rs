@@ -7,7 +7,7 @@ use coreos_kvm_launcher::{
     agent::AgentClient,
     config::Config,
     machine::Machine,
-    vm::{self, Vm, VmError, VmExit},
+    vm::{Vm, VmError, VmExit},
 };
 
 use crate::{
@@ -60,10 +60,7 @@ impl Hypervisor for Qemu {
     }
 
     async fn remove(&self, record: &bundle::Record) -> Result<(), ShimError> {
-        let id = record.machine.parse().map_err(ShimError::invalid)?;
-        vm::destroy(&record.state_dir, &id)
-            .await
-            .map_err(|error| ShimError::Internal(sentence(&error)))
+        record.end_machine().await
     }
 }
 

@@ -11,7 +11,7 @@ use containerd_shim_protos::{
     api::CreateTaskRequest,
     events::task::{TaskCreate, TaskIO},
 };
-use coreos_kvm_launcher::config::Config;
+use coreos_kvm_launcher::{config::Config, state::ProcessId};
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use tokio_util::sync::CancellationToken;
@@ -186,6 +186,7 @@ impl Pod {
         let record = bundle::Record {
             machine: machine.id.to_string(),
             state_dir: config.state_dir.clone(),
+            shim: ProcessId::of(std::process::id()),
         };
         record.write(Path::new(&request.bundle))?;
 
