@@ -158,10 +158,7 @@ impl Container {
             ));
         }
         if !self.init.is_running() {
-            return Err(ShimError::FailedPrecondition(format!(
-                "the container {} does not run",
-                self.id
-            )));
+            return Err(self.does_not_run());
         }
         let process = Process::new(&self.id, exec_id, stdio);
         {
@@ -177,7 +174,14 @@ impl Container {
             let stdio = process.stdio.open().await?;
             let agent = self.machine.agent();
             agent.create_exec(process.name(), spec, process.stdio.wanted()).await?;
-            process.copies.start(agent, process.name(), stdio).await
+            let started = process.copies.start(agent, process.name(), stdio).await;
+            if started.is_ok() && self.init.is_running() {
+                return Ok(());
+            }
+            if let Err(problem) = agent.delete_process(process.name()).await {
+                tracing::debug!(container_id = self.id, exec_id, %problem, "the guest still has the process");
+            }
+            started.and(Err(self.does_not_run()))
         };
         if let Err(error) = prepared.await {
             self.execs().remove(exec_id);
@@ -189,6 +193,10 @@ impl Container {
             ..Default::default()
         });
         Ok(())
+    }
+
+    fn does_not_run(&self) -> ShimError {
+        ShimError::FailedPrecondition(format!("the container {} does not run", self.id))
     }
 
     /// Starts the init or a prepared process.
@@ -203,6 +211,9 @@ impl Container {
                     "the process has ended already".to_owned(),
                 ));
             }
+        }
+        if !process.is_init() && !self.init.is_running() {
+            return Err(self.does_not_run());
         }
         if self.role != Role::Sandbox {
             self.machine.agent().start_process(process.name()).await?;
@@ -285,14 +296,16 @@ impl Container {
     }
 
     async fn execs_stopped(&self) {
-        let running: Vec<_> = self
-            .execs()
-            .values()
-            .filter(|exec| exec.is_running())
-            .map(|exec| exec.stopped())
-            .collect();
+        let execs: Vec<_> = self.execs().values().cloned().collect();
+        let stopped = execs.iter().filter(|exec| !exec.has_stopped()).map(|exec| async {
+            // One that is just being started is heard of as well.
+            drop(exec.turn().await);
+            if exec.is_running() {
+                exec.stopped().await;
+            }
+        });
         // Those of a container without a process namespace of its own may live on.
-        let _ = timeout(EXECS, futures::future::join_all(running)).await;
+        let _ = timeout(EXECS, futures::future::join_all(stopped)).await;
     }
 
     /// A process has ended: said once, by whoever sees it first.

@@ -191,6 +191,10 @@ impl Task for Service {
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
         let container = self.pod.container(&request.id)?;
+        if container.process("")?.has_stopped() {
+            // Not an error to containerd, which measures all containers at once.
+            return Err(ShimError::NotFound(format!("the container {} has ended", container.id())).into());
+        }
         let metrics = match container.role() {
             Role::Sandbox => metrics::of_process(container.pid())?,
             _ => {

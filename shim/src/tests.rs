@@ -289,6 +289,50 @@ async fn the_inits_end_comes_after_those_of_its_execs_and_no_exec_follows() {
 }
 
 #[tokio::test]
+async fn the_inits_end_comes_after_that_of_an_exec_that_is_just_being_started() {
+    let mut node = Node::new().await;
+    node.run_sandbox().await;
+    node.run("c1").await;
+    let container = node.pod.container("c1").unwrap();
+    container.exec("e1", b"{}".to_vec(), Stdio::default()).await.unwrap();
+    node.guest.held.send_replace("start");
+    let starting = tokio::spawn(async move { container.start("e1").await });
+    node.guest_is_asked_to("start c1/e1").await;
+    node.guest.end("c1", "", 1);
+    node.guest.end("c1", "e1", 137);
+    // Long enough for the news of the init's end to overtake the answer.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    node.guest.held.send_replace("");
+    starting.await.unwrap().unwrap();
+    assert_eq!(
+        node.events(4).await,
+        ["exec-added c1/e1", "exec-started c1/e1", "exit c1/e1 137", "exit c1 1"]
+    );
+}
+
+#[tokio::test]
+async fn a_process_that_is_prepared_while_its_container_ends_is_taken_back() {
+    let mut node = Node::new().await;
+    node.run_sandbox().await;
+    node.run("c1").await;
+    let container = node.pod.container("c1").unwrap();
+    node.guest.held.send_replace("exec");
+    let preparing = tokio::spawn(async move { container.exec("e1", b"{}".to_vec(), Stdio::default()).await });
+    node.guest_is_asked_to("exec c1/e1").await;
+    node.guest.end("c1", "", 0);
+    assert_eq!(node.events(1).await, ["exit c1 0"]);
+    node.guest.held.send_replace("");
+    assert!(matches!(
+        preparing.await.unwrap(),
+        Err(ShimError::FailedPrecondition(_))
+    ));
+    node.guest_is_asked_to("delete c1/e1").await;
+    node.no_more_events();
+    let container = node.pod.container("c1").unwrap();
+    assert!(matches!(container.process("e1"), Err(ShimError::NotFound(_))));
+}
+
+#[tokio::test]
 async fn a_kill_for_want_of_memory_is_told_before_the_end() {
     let mut node = Node::new().await;
     node.run_sandbox().await;
@@ -609,10 +653,20 @@ async fn the_task_api_answers_for_what_it_knows() {
         .await
         .unwrap();
     assert_eq!((state.status.unwrap(), state.exit_status), (Status::STOPPED, 143));
+    let measured = service
+        .stats(
+            &context(),
+            StatsRequest {
+                id: id(),
+                ..Default::default()
+            },
+        )
+        .await;
     let code = |error| match error {
         ttrpc::Error::RpcStatus(status) => status.code(),
         error => panic!("{error}"),
     };
+    assert_eq!(code(measured.unwrap_err()), ttrpc::Code::NOT_FOUND);
     assert_eq!(
         code(service.kill(&context(), kill).await.unwrap_err()),
         ttrpc::Code::NOT_FOUND
