@@ -27,6 +27,9 @@ const PAUSES: [Duration; 4] = [
     Duration::from_secs(1),
 ];
 
+/// How often containerd may answer one event with an error before the event is given up, for the others wait behind it.
+const REFUSALS: u32 = 30;
+
 /// A message that is an event of containerd's API (`api/events/task.proto`), with the topic that it is published under.
 pub(crate) trait TaskEvent: Message {
     const TOPIC: &'static str;
@@ -98,13 +101,18 @@ pub(crate) fn forward(address: String, mut events: mpsc::UnboundedReceiver<Envel
                 ..Default::default()
             };
             let mut pauses = PAUSES.iter().copied();
+            let mut refusals = 0;
             while let Err(error) = send(&address, &mut containerd, &request).await {
                 containerd = None;
                 if let ttrpc::Error::RpcStatus(status) = &error
                     && status.code() != ttrpc::Code::DEADLINE_EXCEEDED
                 {
-                    tracing::error!(topic, error = status.message(), "containerd refuses an event");
-                    break;
+                    // One that is shutting down answers with errors as well, and its successor wants the event.
+                    refusals += 1;
+                    if status.code() == ttrpc::Code::INVALID_ARGUMENT || refusals == REFUSALS {
+                        tracing::error!(topic, error = status.message(), "containerd refuses an event");
+                        break;
+                    }
                 }
                 let pause = pauses.next().unwrap_or(PAUSES[PAUSES.len() - 1]);
                 tracing::debug!(topic, %error, "containerd does not take an event; it is kept");

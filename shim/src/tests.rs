@@ -4,7 +4,10 @@
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -702,11 +705,16 @@ async fn events_wait_in_order_for_a_containerd_that_is_gone() {
         shim_async::{Events as Service, create_events},
     };
 
-    struct Containerd(mpsc::UnboundedSender<Envelope>);
+    /// It refuses what comes first, as one does that is shutting down.
+    struct Containerd(mpsc::UnboundedSender<Envelope>, AtomicBool);
 
     #[async_trait]
     impl Service for Containerd {
         async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+            if self.1.swap(false, Ordering::Relaxed) {
+                let status = ttrpc::get_status(ttrpc::Code::UNKNOWN, "context canceled");
+                return Err(ttrpc::Error::RpcStatus(status));
+            }
             self.0.send(request.envelope.unwrap()).unwrap();
             Ok(Empty::default())
         }
@@ -729,7 +737,7 @@ async fn events_wait_in_order_for_a_containerd_that_is_gone() {
     let mut server = ttrpc::r#async::Server::new()
         .bind(&format!("unix://{address}"))
         .unwrap()
-        .register_service(create_events(Arc::new(Containerd(sender))));
+        .register_service(create_events(Arc::new(Containerd(sender, AtomicBool::new(true)))));
     server.start().await.unwrap();
     drop(events);
     timeout(SOON, forwarding).await.unwrap().unwrap();
