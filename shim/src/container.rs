@@ -36,6 +36,9 @@ const LOST: Duration = Duration::from_secs(30);
 const AGAIN: Duration = Duration::from_secs(1);
 /// Longest time that an init's end waits for those of its container's other processes, which come first.
 const EXECS: Duration = Duration::from_secs(5);
+/// How long after SIGKILL a container may last, whatever the guest says, before its machine is ended: less than the two minutes
+/// that a kubelet waits for an answer, and far more than the kernel needs.
+pub(crate) const DEATH: Duration = Duration::from_secs(60);
 /// What a guest is given to power off when its sandbox is asked to end, rather than killed.
 const GRACE: Duration = Duration::from_secs(20);
 
@@ -50,6 +53,7 @@ pub(crate) struct Container {
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
     files: Mutex<Option<ContainerFiles>>,
     paused: AtomicBool,
+    killed: AtomicBool,
 }
 
 /// What containerd wants to have created.
@@ -107,6 +111,7 @@ impl Container {
             execs: Mutex::default(),
             files: Mutex::new(files),
             paused: AtomicBool::new(false),
+            killed: AtomicBool::new(false),
         });
         if container.role != Role::Sandbox {
             container.watch(container.init.clone());
@@ -295,6 +300,26 @@ impl Container {
         }
     }
 
+    /// A guest that leaves a killed container alone must not keep the pod for ever.
+    fn see_it_end(self: &Arc<Self>) {
+        if self.killed.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let (id, machine, stopped) = (self.id.clone(), self.machine.clone(), self.init.stopped());
+        tokio::spawn(async move {
+            if timeout(DEATH, stopped).await.is_ok() {
+                return;
+            }
+            tracing::error!(
+                container_id = id,
+                "the machine is ended, for a container in it outlives SIGKILL"
+            );
+            if let Err(error) = machine.shutdown(Duration::ZERO).await {
+                tracing::error!(%error, "the machine could not be ended");
+            }
+        });
+    }
+
     async fn execs_stopped(&self) {
         let execs: Vec<_> = self.execs().values().cloned().collect();
         let stopped = execs.iter().filter(|exec| !exec.has_stopped()).map(|exec| async {
@@ -336,12 +361,15 @@ impl Container {
     }
 
     /// Sends a signal. To a sandbox, SIGKILL means the machine's end, other signals its powering off.
-    pub(crate) async fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<(), ShimError> {
+    pub(crate) async fn kill(self: &Arc<Self>, exec_id: &str, signal: u32, all: bool) -> Result<(), ShimError> {
         let process = self.process(exec_id)?;
         if process.has_stopped() {
             return Err(ShimError::NotFound("the process has ended already".to_owned()));
         }
         if self.role != Role::Sandbox {
+            if process.is_init() && i32::try_from(signal) == Ok(libc::SIGKILL) {
+                self.see_it_end();
+            }
             return match self.machine.agent().signal_process(process.name(), signal, all).await {
                 Err(
                     error @ (AgentError::Unreachable { .. } | AgentError::Lost { .. } | AgentError::Timeout { .. }),

@@ -391,6 +391,22 @@ async fn a_sandbox_that_is_killed_takes_its_machine_along() {
 }
 
 #[tokio::test]
+async fn a_guest_that_leaves_a_killed_container_alone_is_ended() {
+    let mut node = Node::new().await;
+    node.run_sandbox().await;
+    node.run("c1").await;
+    *node.guest.deaf.lock().unwrap() = true;
+    let container = node.pod.container("c1").unwrap();
+    container.kill("", 9, false).await.unwrap();
+    // Its watch begins.
+    tokio::task::yield_now().await;
+    tokio::time::pause();
+    tokio::time::advance(crate::container::DEATH * 2).await;
+    tokio::time::resume();
+    assert_eq!(node.events(2).await, ["exit c1 137", "exit sandbox 137"]);
+}
+
+#[tokio::test]
 async fn a_container_that_cannot_be_created_leaves_nothing() {
     let mut node = Node::new().await;
     node.run_sandbox().await;

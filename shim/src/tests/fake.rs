@@ -46,6 +46,8 @@ pub(super) struct Guest {
     pub(super) fails: Mutex<HashMap<&'static str, &'static str>>,
     /// Calls of this name are not answered until it is set to something else.
     pub(super) held: watch::Sender<&'static str>,
+    /// Signals are answered, and nothing else.
+    pub(super) deaf: Mutex<bool>,
     /// What processes print, by container.
     pub(super) prints: Mutex<HashMap<String, Vec<u8>>>,
     /// What came to a container's stdin, once it has ended.
@@ -205,8 +207,10 @@ impl Agent for FakeAgent {
     ) -> ttrpc::Result<proto::Empty> {
         self.0
             .called("signal", format!("{} {}", request.container_id, request.signal))?;
-        self.0
-            .end(&request.container_id, &request.exec_id, 128 + request.signal);
+        if !*self.0.deaf.lock().unwrap() {
+            self.0
+                .end(&request.container_id, &request.exec_id, 128 + request.signal);
+        }
         Ok(proto::Empty::default())
     }
 
