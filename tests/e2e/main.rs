@@ -10,6 +10,7 @@ use kubeception_tests::artifacts::Containerd;
 use kubeception_tests::node::{Handler, init};
 use libtest_mimic::{Arguments, Trial};
 
+mod alone;
 mod bad_input;
 mod container;
 mod death;
@@ -75,6 +76,7 @@ fn on_each(lab: &Arc<Lab>) -> Vec<Trial> {
         network::trials,
         events::trials,
         death::trials,
+        alone::trials,
     ]
     .into_iter()
     .flat_map(|trials| trials(lab))
