@@ -82,13 +82,15 @@ impl Container {
         if wanted.role != Role::Sandbox {
             let root = root_of(wanted.bundle, &wanted.spec);
             let guest = guestspec::of(wanted.id, wanted.spec)?;
-            files = Some(ContainerFiles::mount(
-                &machine.share(),
-                wanted.id,
-                wanted.rootfs,
-                &root,
-                &guest.volumes,
-            )?);
+            let (share, id, rootfs) = (machine.share(), wanted.id.to_owned(), wanted.rootfs.to_vec());
+            // On another thread: a root of many layers is mounted from a working directory of that thread's own.
+            let mounting =
+                tokio::task::spawn_blocking(move || ContainerFiles::mount(&share, &id, &rootfs, &root, &guest.volumes));
+            files = Some(
+                mounting
+                    .await
+                    .map_err(ShimError::while_doing("mounting the container's files"))??,
+            );
             let json = serde_json::to_vec(&guest.spec).map_err(ShimError::while_doing("writing the specification"))?;
             machine
                 .agent()

@@ -47,6 +47,13 @@ fn web(lab: &Together<'_>) -> Result<()> {
         ensure!(page == WEB_PAGE, "{address} answered {page:?}");
     }
 
+    // The shim has them from containerd, for they are in no annotation.
+    let log = std::fs::read_to_string(lab.node.log()).context("reading containerd's log")?;
+    ensure!(
+        log.contains(r#"ports="18080->8080/tcp""#),
+        "the shim does not know the pod's ports"
+    );
+
     // The containers of a pod share the guest's loopback.
     let asks = lab.running(&Container::script("asks", "wget -q -O - http://127.0.0.1:8080/"))?;
     wait_for_log(&asks.log, BOUND, |line| line.text == WEB_PAGE.trim())?;
