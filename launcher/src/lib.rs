@@ -21,8 +21,11 @@ pub mod process;
 pub mod program;
 pub mod provision;
 pub mod qemu;
+mod sentence;
 pub mod state;
 pub mod user;
 pub mod virtiofs;
 pub mod vm;
 pub mod vsock;
+
+pub use sentence::sentence;

@@ -1,6 +1,7 @@
 //! What a call of containerd was answered when it could not be done.
 
 use coreos_kvm_launcher::agent::AgentError;
+pub(crate) use coreos_kvm_launcher::sentence;
 use ttrpc::Code;
 
 /// An error as containerd gets it: what kind it is decides what containerd does next, the sentence is for the user.
@@ -42,17 +43,6 @@ impl ShimError {
             Self::Internal(_) => Code::UNKNOWN,
         }
     }
-}
-
-/// An error with its causes, in one line.
-pub(crate) fn sentence(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text += &format!(": {error}");
-        source = error.source();
-    }
-    text
 }
 
 impl From<AgentError> for ShimError {

@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep};
 use crate::{
     cgroup,
     machine::MachineId,
-    netdev,
+    netdev, sentence,
     state::{ProcessId, Record, StateDir},
     user,
 };
@@ -97,17 +97,6 @@ fn note<E: std::error::Error + 'static>(result: Result<(), E>, problems: &mut Ve
     if let Err(error) = result {
         problems.push(sentence(&error));
     }
-}
-
-/// An error with its causes, for a list of them.
-pub(super) fn sentence(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text += &format!(": {error}");
-        source = error.source();
-    }
-    text
 }
 
 async fn end(process: Option<ProcessId>, name: &str, problems: &mut Vec<String>) {

@@ -12,7 +12,7 @@ use coreos_kvm_launcher::{
     accel,
     config::{self, Config},
     guest::Guest,
-    program, qemu,
+    program, qemu, sentence,
     state::StateDir,
 };
 
@@ -26,20 +26,23 @@ pub(crate) async fn check(config: &Config, path: Option<&Path>) -> anyhow::Resul
         ("acceleration", acceleration(config).await),
         (
             "qemu",
-            qemu::program::find(&config.qemu).await.map(version).map_err(sentence),
+            qemu::program::find(&config.qemu)
+                .await
+                .map(version)
+                .map_err(|error| sentence(&error)),
         ),
         ("vsock", vsock(config)),
         (
             "virtiofsd",
             program::find("virtiofsd", "virtiofsd", &config.virtiofsd)
                 .map(shown)
-                .map_err(sentence),
+                .map_err(|error| sentence(&error)),
         ),
         (
             "guest",
             Guest::load(&config.guests_dir, &config.guest)
                 .map(guest)
-                .map_err(sentence),
+                .map_err(|error| sentence(&error)),
         ),
         ("agent disk", agent_disk(config)),
         ("state", state(config)),
@@ -65,11 +68,6 @@ pub(crate) async fn check(config: &Config, path: Option<&Path>) -> anyhow::Resul
         );
         Ok(ExitCode::FAILURE)
     }
-}
-
-/// An error and its causes in one line.
-fn sentence(error: impl std::error::Error + Send + Sync + 'static) -> String {
-    format!("{:#}", anyhow::Error::new(error))
 }
 
 fn shown(path: PathBuf) -> String {
@@ -108,7 +106,7 @@ fn root() -> Result<String, String> {
 async fn acceleration(config: &Config) -> Result<String, String> {
     let (acceleration, reason) = accel::choose(config.acceleration, &config.state_dir)
         .await
-        .map_err(sentence)?;
+        .map_err(|error| sentence(&error))?;
     Ok(format!("{acceleration}: {reason}"))
 }
 
@@ -143,9 +141,9 @@ fn agent_disk(config: &Config) -> Result<String, String> {
 /// Makes and removes the folder of a machine that nobody has.
 fn state(config: &Config) -> Result<String, String> {
     let name = format!("check-{}", std::process::id());
-    let id = name.parse().map_err(sentence)?;
-    let state = StateDir::create(&config.state_dir, &id).map_err(sentence)?;
-    state.remove().map_err(sentence)?;
+    let id = name.parse().map_err(|error| sentence(&error))?;
+    let state = StateDir::create(&config.state_dir, &id).map_err(|error| sentence(&error))?;
+    state.remove().map_err(|error| sentence(&error))?;
     Ok(shown(config.state_dir.clone()))
 }
 
