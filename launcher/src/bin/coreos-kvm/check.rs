@@ -118,7 +118,7 @@ fn vsock(config: &Config) -> Result<String, String> {
         program::find("vhost-device-vsock", "vhost_device_vsock", &config.vhost_device_vsock).map_err(|error| {
             format!(
                 "there is no /dev/vhost-vsock (kernel module `vhost_vsock`), and {}",
-                sentence(error)
+                sentence(&error)
             )
         })?;
     Ok(format!("{}, as there is no /dev/vhost-vsock", helper.display()))
