@@ -33,7 +33,9 @@ summary() {
     echo "A test program did not get as far as its result; see above, or $outcome"
   fi
   say "all tests"
-  echo "$passed passed, $missed failed"
+  local verdict=ok
+  if [ "$missed" -ne 0 ] || [ "$passed" -eq 0 ]; then verdict=FAILED; fi
+  echo "test result: $verdict. $passed passed; $missed failed" | tee "$logs/test-summary.log"
   [ "$missed" -eq 0 ] && [ "$passed" -gt 0 ]
 }
 
