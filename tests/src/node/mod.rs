@@ -263,12 +263,17 @@ fn enter(place: &Place, init: Pid, program: impl AsRef<OsStr>) -> Command {
 
 fn start_init(place: &Place) -> Result<(Child, Pid)> {
     let program = std::env::current_exe().context("looking up this program")?;
+    // A file, for a node that is kept must not hold the stderr of whoever started it.
+    let log = artifacts::logs().join(format!("node-{}.log", place.name()));
+    fs::create_dir_all(artifacts::logs()).context("making the folder of the logs")?;
+    let stderr = File::create(&log).with_context(|| format!("making {}", log.display()))?;
     let mut unshare = Command::new("unshare")
         .args(["--pid", "--mount", "--net", "--fork", "--kill-child", "--"])
         .arg(program)
         .args([init::ARGUMENT, place.name()])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
+        .stderr(stderr)
         .process_group(0)
         .spawn()
         .context("starting unshare")?;
@@ -283,11 +288,12 @@ fn start_init(place: &Place) -> Result<(Child, Pid)> {
         }
         (ready, _) => {
             drop(unshare.stdin.take());
-            // Its message is on stderr already; the wait is for order's sake.
             let ended = wait_bounded(&mut unshare, INIT_BOUND);
+            let said = fs::read_to_string(&log).unwrap_or_default();
             ready
                 .and(ended)
                 .and_then(|()| bail!("the init of node {} ended at once", place.name()))
+                .with_context(|| said.trim().to_owned())
         }
     }
 }
