@@ -17,9 +17,9 @@ use tar::{Builder, EntryType, Header};
 use crate::artifacts;
 
 /// The image of the pods' sandboxes.
-pub const PAUSE: &str = "registry.k8s.io/pause:3.9";
+pub const PAUSE: &str = "localhost/pause:1";
 /// A shell and its tools, as root.
-pub const BUSYBOX: &str = "registry.k8s.io/e2e-test-images/busybox:1.29-2";
+pub const BUSYBOX: &str = "localhost/busybox:1";
 /// A web server on port 8080 that answers [`WEB_PAGE`].
 pub const WEB: &str = "localhost/web:1";
 pub const WEB_PAGE: &str = "it works: this page comes from inside the pod\n";
