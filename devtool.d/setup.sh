@@ -23,6 +23,7 @@ readonly packages_to_run=(
   qemu-system-x86               # the machine
   iproute2 iptables util-linux  # the pods' networks (CNI's bridge and portmap) and namespaces
   libseccomp2                   # runc
+  openssh-client                # what the tests log in with
   jq shellcheck                 # the linters
 )
 
