@@ -1,0 +1,22 @@
+//! Ignition 3.0 to 3.6.
+
+use crate::{
+    node::{Map, Node},
+    report::Report,
+    shape::{Language, section, text},
+};
+
+pub(crate) const LANGUAGE: Language = Language {
+    fields: &[section("ignition", &[text("version")])],
+    version_name: |minor| format!("3.{minor}.0"),
+};
+
+pub(crate) fn check(_: &Node, _: u8, _: &mut Report) {}
+
+/// Changes of meaning from one minor version to another.
+pub(crate) fn convert(_: &mut Node, _: u8, _: u8, _: &mut Report) {}
+
+pub(crate) fn merge(parent: &Node, _: &Node) -> Node {
+    let _ = Map::new();
+    parent.clone()
+}
