@@ -1,17 +1,10 @@
 //! Ignition 2.0 to 2.4.
 
-use crate::{
-    node::Node,
-    report::Report,
-    shape::{Language, section, text},
-    transpile::Translation,
-    version::Version,
-};
+mod shape;
 
-pub(crate) const LANGUAGE: Language = Language {
-    fields: &[section("ignition", &[text("version")])],
-    version_name: |minor| format!("2.{minor}.0"),
-};
+use crate::{node::Node, report::Report, transpile::Translation, version::Version};
+
+pub(crate) use shape::LANGUAGE;
 
 pub(crate) fn check(_: &Node, _: u8, _: &mut Report) {}
 

@@ -1,15 +1,13 @@
 //! Ignition 3.0 to 3.6.
 
+mod shape;
+
 use crate::{
     node::{Map, Node},
     report::Report,
-    shape::{Language, section, text},
 };
 
-pub(crate) const LANGUAGE: Language = Language {
-    fields: &[section("ignition", &[text("version")])],
-    version_name: |minor| format!("3.{minor}.0"),
-};
+pub(crate) use shape::LANGUAGE;
 
 pub(crate) fn check(_: &Node, _: u8, _: &mut Report) {}
 
