@@ -16,6 +16,7 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
+    sync::mpsc,
     task::JoinHandle,
     time::{Instant, sleep_until},
 };
@@ -31,6 +32,9 @@ const TAIL: usize = 8 * 1024;
 /// Longest line in an error message, in characters.
 const LINE: usize = 200;
 
+/// Takes what the guest prints as it comes, in pieces. What finds no room is left out there, and kept on disk all the same.
+pub type Watcher = mpsc::Sender<Vec<u8>>;
+
 /// The console of one machine. Dropping it ends the reading.
 #[derive(Debug)]
 pub struct Console {
@@ -43,12 +47,16 @@ impl Console {
     ///
     /// # Errors
     /// When the files cannot be made.
-    pub fn start(source: impl AsyncRead + Unpin + Send + 'static, log: &Path) -> io::Result<Self> {
+    pub fn start(
+        source: impl AsyncRead + Unpin + Send + 'static,
+        log: &Path,
+        watcher: Option<Watcher>,
+    ) -> io::Result<Self> {
         let tail = Tail::new(TAIL);
         let mut writer = Log::create(log)?;
         let seen = tail.clone();
         let reader = tokio::spawn(async move {
-            if let Err(error) = copy(source, &mut writer, &seen).await {
+            if let Err(error) = copy(source, &mut writer, &seen, watcher).await {
                 tracing::warn!(%error, log = %writer.path.display(), "the guest's console is no longer recorded");
             }
         });
@@ -73,7 +81,12 @@ impl Drop for Console {
     }
 }
 
-async fn copy(mut source: impl AsyncRead + Unpin, log: &mut Log, tail: &Tail) -> io::Result<()> {
+async fn copy(
+    mut source: impl AsyncRead + Unpin,
+    log: &mut Log,
+    tail: &Tail,
+    watcher: Option<Watcher>,
+) -> io::Result<()> {
     let mut buffer = vec![0; 16 * 1024];
     let (mut second, mut printed) = (Instant::now(), 0);
     loop {
@@ -82,6 +95,10 @@ async fn copy(mut source: impl AsyncRead + Unpin, log: &mut Log, tail: &Tail) ->
             return Ok(());
         }
         tail.push(&buffer[..count]);
+        if let Some(watcher) = &watcher {
+            // A watcher that is slow, or has gone, must not hold up the guest.
+            let _ = watcher.try_send(buffer[..count].to_vec());
+        }
         log.write(&buffer[..count])?;
 
         if second.elapsed() >= Duration::from_secs(1) {
@@ -247,6 +264,23 @@ mod tests {
         assert_eq!(tail.last_lines(9), ["x".repeat(16)]);
     }
 
+    #[tokio::test]
+    async fn a_watcher_sees_what_is_printed_and_its_absence_hurts_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let (watcher, mut seen) = mpsc::channel(4);
+        let log = folder.path().join("console.log");
+        let mut console = Console::start(io::Cursor::new(b"hello".to_vec()), &log, Some(watcher)).unwrap();
+        assert_eq!(seen.recv().await.as_deref(), Some(b"hello".as_slice()));
+        assert_eq!(seen.recv().await, None);
+        console.finished(Duration::from_secs(5)).await;
+
+        let (watcher, seen) = mpsc::channel(1);
+        drop(seen);
+        let mut console = Console::start(io::Cursor::new(b"hello".to_vec()), &log, Some(watcher)).unwrap();
+        console.finished(Duration::from_secs(5)).await;
+        assert_eq!(console.last_lines(1), ["hello"]);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_guest_that_prints_for_ever_fills_two_files_and_the_first_bytes_stay() {
         let folder = tempfile::tempdir().unwrap();
@@ -254,7 +288,7 @@ mod tests {
         let mut text = b"the very first line\n".to_vec();
         text.resize(5 * 1024 * 1024, b'x');
         text.extend(b"\nthe last line\n");
-        let mut console = Console::start(io::Cursor::new(text), &log).unwrap();
+        let mut console = Console::start(io::Cursor::new(text), &log, None).unwrap();
         console.finished(Duration::from_secs(60)).await;
 
         let size = |name: &str| std::fs::metadata(folder.path().join(name)).unwrap().len();

@@ -22,6 +22,8 @@ pub struct Guest {
     pub kernel_args: Vec<String>,
     /// Name of the fw_cfg entry from which the guest's Ignition reads its configuration.
     pub ignition_fw_cfg: String,
+    /// Serial number of a disk from which the guest's Ignition can read its configuration instead.
+    pub ignition_disk: Option<String>,
     /// Versions of the Ignition specification that the guest understands.
     pub ignition_versions: Vec<String>,
     /// Memory without which the guest does not come up, in MiB.
@@ -97,6 +99,7 @@ struct Description {
     root_format: DiskFormat,
     kernel_args: String,
     ignition_fw_cfg: String,
+    ignition_disk: Option<String>,
     ignition_versions: Vec<String>,
     min_memory_mib: u64,
     files: BTreeMap<String, File>,
@@ -157,6 +160,14 @@ impl Guest {
                 description.ignition_fw_cfg
             )));
         }
+        // VIRTIO_BLK_ID_BYTES: a longer one would reach the guest cut off.
+        if let Some(serial) = &description.ignition_disk
+            && (serial.len() > 20 || check_name(serial).is_err())
+        {
+            return Err(wrong(format!(
+                "ignition_disk is {serial:?}; a serial number of at most 20 letters, digits, '.', '_' and '-' is needed"
+            )));
+        }
 
         let file = |name: &str| {
             check_name(name).map_err(|_| wrong(format!("{name:?} is no file name in the guest's folder")))?;
@@ -178,6 +189,7 @@ impl Guest {
                 .map(str::to_owned)
                 .collect(),
             ignition_fw_cfg: description.ignition_fw_cfg,
+            ignition_disk: description.ignition_disk,
             ignition_versions: description.ignition_versions,
             min_memory_mib: description.min_memory_mib,
             name: description.name,
@@ -305,6 +317,18 @@ sha256 = "00"
     #[case(".hidden")]
     fn a_name_stays_inside_the_directory(#[case] name: &str) {
         assert!(matches!(Guest::load(guests().path(), name), Err(GuestError::Name(_))));
+    }
+
+    #[rstest::rstest]
+    #[case("\"config\"", true)]
+    #[case("\"a-serial-number-that-is-too-long\"", false)]
+    #[case("\"a,b\"", false)]
+    fn a_serial_number_reaches_the_guest_whole(#[case] serial: &str, #[case] good: bool) {
+        let guests = guests();
+        let path = guests.path().join("small/guest.toml");
+        std::fs::write(&path, format!("ignition_disk = {serial}\n{DESCRIPTION}")).unwrap();
+        let guest = Guest::load(guests.path(), "small");
+        assert_eq!(guest.is_ok(), good, "{guest:?}");
     }
 
     #[test]

@@ -2,18 +2,22 @@
 //!
 //! The way of the data, without turning back:
 //! [`config`] (what the admin allows) and [`guest`] (an operating system on disk) → [`machine`] (the description, checked)
-//! → [`provision`] (the user's Ignition merged with ours) → [`qemu::arguments`] (a pure function) → [`process`]
+//! → [`provision`] (the user's Ignition merged with ours) → [`carriage`] (how it reaches the guest) → [`qemu::arguments`] (a pure function) → [`process`]
 //! → [`vm`] (one running machine) → [`agent`] (the client of the agent inside).
 //!
 //! Around a machine: [`accel`] decides how QEMU runs the guest's instructions, [`vsock`] and [`virtiofs`] are its ways to
-//! the host, [`netdev`] its way into the pod's network, [`user`] and [`cgroup`] the wall around its processes, [`console`]
+//! the host, [`netdev`] its way into the pod's network, [`forward`] the way to it where it has QEMU's own, [`disk`] what it
+//! may write to, [`user`] and [`cgroup`] the wall around its processes, [`console`]
 //! what the guest prints, and [`state`] what is kept on disk so that a later process can find the machine or end it.
 
 pub mod accel;
 pub mod agent;
+pub mod carriage;
 pub mod cgroup;
 pub mod config;
 pub mod console;
+pub mod disk;
+pub mod forward;
 pub mod guest;
 pub mod machine;
 pub mod netdev;
@@ -22,6 +26,7 @@ pub mod program;
 pub mod provision;
 pub mod qemu;
 mod sentence;
+pub mod size;
 pub mod state;
 pub mod user;
 pub mod virtiofs;

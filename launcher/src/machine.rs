@@ -3,7 +3,7 @@
 
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
-use crate::{accel::AccelerationChoice, guest::Guest};
+use crate::{accel::AccelerationChoice, disk::Disk, forward::Forward, guest::Guest, size::Size};
 
 /// Name of a machine: the pod's sandbox id, or whatever the caller of the command chose. Safe as a file name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -62,6 +62,8 @@ pub struct Machine {
     pub kernel_args: Vec<String>,
     /// How the guest is on the network.
     pub network: Network,
+    /// A disk that the guest may write to; without one, whatever it writes is in its memory.
+    pub disk: Option<Disk>,
     /// Directory below the cgroup hierarchies' roots in which QEMU and its helpers live; made and removed with the machine.
     pub cgroup: Option<PathBuf>,
     /// Longest time from QEMU's start to the agent's greeting.
@@ -79,11 +81,20 @@ pub enum MachineError {
         guest: String,
         min_memory_mib: u64,
     },
+    #[error("a disk of {size} is too small: the guest {guest:?} needs at least {min}")]
+    DiskTooSmall { size: Size, guest: String, min: Size },
+    #[error("a disk of {size} is too large: at most {DISK_MAX} are possible")]
+    DiskTooLarge { size: Size },
     #[error("{0:?} cannot be a kernel argument: it has white space, quotes or control characters, or is empty")]
     KernelArgument(String),
     #[error("the kernel arguments have {length} bytes; at most {KERNEL_ARGUMENTS_MAX} reach the kernel")]
     KernelArguments { length: usize },
 }
+
+/// A disk smaller than this has no room for a file system that is worth having.
+const DISK_MIN: Size = Size::from_mib(64);
+/// What ext4 takes with blocks of 4 KiB.
+const DISK_MAX: Size = Size::from_mib(16 << 20);
 
 /// Room that is left to a machine's own kernel arguments in the 2,048 bytes that an x86 kernel reads, in bytes.
 pub const KERNEL_ARGUMENTS_MAX: usize = 1024;
@@ -104,6 +115,7 @@ impl Machine {
                 min_memory_mib: self.guest.min_memory_mib,
             });
         }
+        self.check_disk()?;
         let odd = |c: char| c.is_whitespace() || c.is_control() || c == '"';
         if let Some(argument) = self
             .kernel_args
@@ -120,11 +132,36 @@ impl Machine {
     }
 }
 
+impl Machine {
+    /// A disk has at least the room of the image that it is to hold changes of.
+    fn check_disk(&self) -> Result<(), MachineError> {
+        let Some(Disk { size, .. }) = self.disk else {
+            return Ok(());
+        };
+        let image = std::fs::metadata(&self.guest.root).map_or(0, |image| image.len());
+        let min = DISK_MIN.max(Size::from_mib(image.div_ceil(1 << 20)));
+        if size < min {
+            return Err(MachineError::DiskTooSmall {
+                size,
+                guest: self.guest.name.clone(),
+                min,
+            });
+        }
+        if size > DISK_MAX {
+            return Err(MachineError::DiskTooLarge { size });
+        }
+        Ok(())
+    }
+}
+
 /// How the guest is on the network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Network {
     /// No interface but loopback.
     None,
+    /// QEMU's own network: the guest is at 10.0.2.15 and reaches what the launcher's network namespace reaches, that
+    /// namespace's loopback included (at 10.0.2.2); it is reached by the forwards alone.
+    User { forwards: Vec<Forward> },
     /// The interfaces of a network namespace are bridged to the guest, which takes over their addresses.
     Tap {
         /// The network namespace, as a path: `/var/run/netns/cni-...`. QEMU runs in it.
@@ -155,7 +192,7 @@ pub enum PortProtocol {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::guest::DiskFormat;
+    use crate::{disk::Storage, guest::DiskFormat};
 
     /// A machine that can be, for the tests of whatever reads machines.
     pub(crate) fn machine() -> Machine {
@@ -169,6 +206,7 @@ pub(crate) mod tests {
                 root_format: DiskFormat::Raw,
                 kernel_args: ["root=/dev/vda", "ro"].map(str::to_owned).to_vec(),
                 ignition_fw_cfg: "opt/com.coreos/config".to_owned(),
+                ignition_disk: Some("coreos-kvm-config".to_owned()),
                 ignition_versions: ["3.0.0", "3.1.0", "3.2.0", "3.3.0"].map(str::to_owned).to_vec(),
                 min_memory_mib: 192,
             },
@@ -178,6 +216,7 @@ pub(crate) mod tests {
             ignition: None,
             kernel_args: Vec::new(),
             network: Network::None,
+            disk: None,
             cgroup: None,
             boot_timeout: Duration::from_secs(60),
         }
@@ -194,6 +233,28 @@ pub(crate) mod tests {
             error,
             "64 MiB of memory are too little: the guest \"reference\" needs at least 192 MiB"
         );
+    }
+
+    #[rstest::rstest]
+    #[case(63, "a disk of 63M is too small: the guest \"reference\" needs at least 64M")]
+    #[case((16 << 20) + 1, "a disk of 16777217M is too large: at most 16T are possible")]
+    fn a_disk_has_room_for_the_guest(#[case] mib: u64, #[case] expected: &str) {
+        let disk = |mib| {
+            Some(Disk {
+                size: Size::from_mib(mib),
+                storage: Storage::Ephemeral,
+            })
+        };
+        let wrong = Machine {
+            disk: disk(mib),
+            ..machine()
+        };
+        assert_eq!(wrong.check().unwrap_err().to_string(), expected);
+        let right = Machine {
+            disk: disk(64),
+            ..machine()
+        };
+        assert_eq!(right.check(), Ok(()));
     }
 
     #[rstest::rstest]

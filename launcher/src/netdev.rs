@@ -13,11 +13,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use coreos_kvm_proto::agent::ConfigureNetworkRequest;
+use coreos_kvm_proto::agent::{ConfigureNetworkRequest, Interface, Route};
 use nix::sched::{CloneFlags, setns};
 use rtnetlink::{Handle, LinkUnspec, packet_core::ErrorMessage, packet_route::tc::TcHandle};
 
-use crate::machine::PortRedirect;
+use crate::{
+    forward,
+    machine::PortRedirect,
+    qemu::arguments::{USER_MAC, USER_MTU},
+};
 
 mod observe;
 mod tap;
@@ -108,6 +112,27 @@ pub async fn attach(netns: &Path, redirects: &[PortRedirect]) -> Result<Attached
         })
     })
     .await
+}
+
+/// What the guest is told of QEMU's own network. It could ask by DHCP as well, but the answer is known.
+pub fn user_configuration() -> ConfigureNetworkRequest {
+    let name = "eth0".to_owned();
+    ConfigureNetworkRequest {
+        interfaces: vec![Interface {
+            name: name.clone(),
+            mac: USER_MAC.to_owned(),
+            mtu: USER_MTU,
+            addresses: vec![format!("{}/{}", forward::GUEST, forward::PREFIX_LENGTH)],
+            ..Default::default()
+        }],
+        routes: vec![Route {
+            gateway: forward::GATEWAY.to_string(),
+            interface: name,
+            family: 4,
+            ..Default::default()
+        }],
+        ..Default::default()
+    }
 }
 
 /// Undoes [`attach`], wholly or partly done, as far as it outlives the taps' descriptors. A namespace that is gone is no error.

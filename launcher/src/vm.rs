@@ -9,6 +9,7 @@ use crate::{
     accel::Acceleration,
     agent::{AgentClient, AgentError},
     config::Config,
+    console::Watcher,
     machine::{Machine, MachineId},
     process::Process,
     qemu::qmp::{Ending, Qmp, QmpError},
@@ -62,7 +63,15 @@ impl Vm {
     /// # Errors
     /// Of [`VmError`]; one for a guest that did not come up carries the last lines of its console.
     pub async fn start(config: &Config, machine: Machine) -> Result<Self, VmError> {
-        boot::start(config, machine).await
+        boot::start(config, machine, None).await
+    }
+
+    /// As [`Vm::start`], and `watcher` gets what the guest prints from the first byte on.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn start_watched(config: &Config, machine: Machine, watcher: Watcher) -> Result<Self, VmError> {
+        boot::start(config, machine, Some(watcher)).await
     }
 
     pub fn id(&self) -> &MachineId {

@@ -79,6 +79,7 @@ pub(crate) fn machine(id: &str, spec: &Spec, config: &Config) -> Result<Machine,
         ignition: wishes.ignition.map(str::to_owned),
         kernel_args: wishes.kernel_args,
         network: network(spec)?,
+        disk: None,
         cgroup: Some(cgroup.unwrap_or_else(|| PathBuf::from("coreos-kvm").join(id))),
         boot_timeout: config.boot_timeout,
     })

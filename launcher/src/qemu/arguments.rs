@@ -8,7 +8,12 @@ use std::{ffi::OsString, os::fd::RawFd};
 
 use coreos_kvm_proto::{AGENT_DISK_SERIAL, READY_PORT_ARGUMENT, SHARED_TAG};
 
-use crate::{accel::Acceleration, machine::Machine};
+use crate::{
+    accel::Acceleration,
+    disk::{DATA_DISK_SERIAL, Storage},
+    forward,
+    machine::{Machine, Network},
+};
 
 /// Processor that the guest sees under TCG: the plainest that x86-64-v2 programs run on (distributions of the RHEL 9
 /// generation are built for that level). Each feature beyond is work for the guest's kernel that translation makes slow.
@@ -17,15 +22,20 @@ const TCG_CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt";
 /// MiB of translated code that TCG keeps. The default of QEMU (a quarter of the guest's memory and more) costs some 280 MB.
 const TCG_TRANSLATION_MIB: u32 = 64;
 
+/// MAC of the guest's interface in QEMU's own network, where it is alone with QEMU.
+pub const USER_MAC: &str = "02:00:00:00:00:01";
+pub const USER_MTU: u32 = 1500;
+
 /// What is one QEMU's own: its open descriptors, by the numbers that they have in its process, and its port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Descriptors {
     pub kernel: RawFd,
     pub initramfs: RawFd,
-    /// The merged Ignition configuration.
-    pub ignition: RawFd,
+    pub ignition: Ignition,
     pub root: RawFd,
     pub agent_disk: RawFd,
+    /// The machine's own disk, open for writing.
+    pub data_disk: Option<RawFd>,
     /// QEMU's ends of the connections of its monitor and of the guest's serial console.
     pub qmp: RawFd,
     pub console: RawFd,
@@ -35,6 +45,13 @@ pub struct Descriptors {
     pub taps: Vec<Tap>,
     /// Port of the host's vsock at which the agent's greeting is waited for.
     pub ready_port: u32,
+}
+
+/// The merged Ignition configuration, and the way on which it travels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ignition {
+    FwCfg { descriptor: RawFd },
+    Disk { descriptor: RawFd, serial: String },
 }
 
 /// What stands behind the guest's vsock device.
@@ -64,7 +81,7 @@ pub fn arguments(machine: &Machine, acceleration: Acceleration, descriptors: &De
     boot(&mut line, machine, descriptors);
     disks(&mut line, machine, descriptors);
     connections(&mut line, descriptors);
-    network(&mut line, &descriptors.taps);
+    network(&mut line, machine, &descriptors.taps);
     line.0.into_iter().map(OsString::from).collect()
 }
 
@@ -126,24 +143,23 @@ fn boot(line: &mut Line, machine: &Machine, descriptors: &Descriptors) {
     line.add("kernel", own_file(descriptors.kernel));
     line.add("initrd", own_file(descriptors.initramfs));
     line.add("append", kernel_arguments(machine, descriptors.ready_port));
-    line.add(
-        "fw_cfg",
-        format!(
-            "name={},file={}",
-            machine.guest.ignition_fw_cfg,
-            own_file(descriptors.ignition)
-        ),
-    );
+    if let Ignition::FwCfg { descriptor } = descriptors.ignition {
+        let file = own_file(descriptor);
+        line.add("fw_cfg", format!("name={},file={file}", machine.guest.ignition_fw_cfg));
+    }
 }
 
 /// The guest's own arguments, the launcher's, then the machine's, which thereby have the last word.
 fn kernel_arguments(machine: &Machine, ready_port: u32) -> String {
-    let ready = format!("{READY_PORT_ARGUMENT}={ready_port}");
     // With -no-reboot a panic thus ends QEMU at once, rather than leave a dead machine that looks alive.
-    let ours = ["panic=-1", ready.as_str()];
+    let mut ours = vec!["panic=-1".to_owned(), format!("{READY_PORT_ARGUMENT}={ready_port}")];
+    if matches!(machine.network, Network::User { .. }) {
+        // dracut.cmdline(7). The agent gives the interface its address, but names are resolved by a file.
+        ours.push(format!("nameserver={}", forward::NAME_SERVER));
+    }
     let guest = machine.guest.kernel_args.iter().map(String::as_str);
     guest
-        .chain(ours)
+        .chain(ours.iter().map(String::as_str))
         .chain(machine.kernel_args.iter().map(String::as_str))
         .collect::<Vec<_>>()
         .join(" ")
@@ -152,6 +168,28 @@ fn kernel_arguments(machine: &Machine, ready_port: u32) -> String {
 fn disks(line: &mut Line, machine: &Machine, descriptors: &Descriptors) {
     disk(line, "root", machine.guest.root_format.driver(), descriptors.root, None);
     disk(line, "agent", "raw", descriptors.agent_disk, Some(AGENT_DISK_SERIAL));
+    if let (Some(descriptor), Some(disk)) = (descriptors.data_disk, &machine.disk) {
+        data_disk(line, descriptor, &disk.storage);
+    }
+    if let Ignition::Disk { descriptor, serial } = &descriptors.ignition {
+        disk(line, "ignition", "raw", *descriptor, Some(serial));
+    }
+}
+
+/// The disk that the guest may write to. What it gives up is given back to the host, and a host that has no room left is an
+/// error in the guest, which would otherwise be halted without anybody knowing.
+fn data_disk(line: &mut Line, descriptor: RawFd, storage: &Storage) {
+    line.add("add-fd", format!("fd={descriptor},set={descriptor}"));
+    // What does not outlive the machine need not outlive the host either.
+    let no_flush = matches!(storage, Storage::Ephemeral);
+    let node = format!(
+        r#"{{"node-name":"data","driver":"raw","discard":"unmap","cache":{{"no-flush":{no_flush}}},"file":{{"driver":"file","filename":"/dev/fdset/{descriptor}","discard":"unmap","cache":{{"no-flush":{no_flush}}},"locking":"off"}}}}"#
+    );
+    line.add("blockdev", node);
+    line.add(
+        "device",
+        format!("virtio-blk-pci,drive=data,serial={DATA_DISK_SERIAL},werror=report,rerror=report,disable-legacy=on"),
+    );
 }
 
 /// A read-only disk. `name` also numbers its descriptor set, in which QEMU finds it by the name /dev/fdset/N.
@@ -199,7 +237,20 @@ fn chardev(line: &mut Line, name: &str, descriptor: RawFd) {
     line.add("chardev", format!("socket,id={name},fd={descriptor}"));
 }
 
-fn network(line: &mut Line, taps: &[Tap]) {
+fn network(line: &mut Line, machine: &Machine, taps: &[Tap]) {
+    if let Network::User { forwards } = &machine.network {
+        let mut netdev = format!(
+            "user,id=user,ipv6=off,net={}/{},dhcpstart={}",
+            forward::NETWORK,
+            forward::PREFIX_LENGTH,
+            forward::GUEST
+        );
+        for forward in forwards {
+            netdev += &format!(",hostfwd={forward}");
+        }
+        line.add("netdev", netdev);
+        line.add("device", interface("user", USER_MAC, USER_MTU));
+    }
     for (
         number,
         Tap {
@@ -214,12 +265,13 @@ fn network(line: &mut Line, taps: &[Tap]) {
             .map(|vhost| format!(",vhost=on,vhostfd={vhost}"))
             .unwrap_or_default();
         line.add("netdev", format!("tap,id=net{number},fd={descriptor}{vhost}"));
-        // Without its boot ROM: nobody boots from the network.
-        line.add(
-            "device",
-            format!("virtio-net-pci,netdev=net{number},mac={mac},host_mtu={mtu},romfile=,disable-legacy=on"),
-        );
+        line.add("device", interface(&format!("net{number}"), mac, *mtu));
     }
+}
+
+/// Without its boot ROM: nobody boots from the network.
+fn interface(netdev: &str, mac: &str, mtu: u32) -> String {
+    format!("virtio-net-pci,netdev={netdev},mac={mac},host_mtu={mtu},romfile=,disable-legacy=on")
 }
 
 fn own_file(descriptor: RawFd) -> String {
@@ -229,15 +281,16 @@ fn own_file(descriptor: RawFd) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{guest::DiskFormat, machine::tests::machine};
+    use crate::{disk::Disk, guest::DiskFormat, machine::tests::machine, size::Size};
 
     fn descriptors() -> Descriptors {
         Descriptors {
             kernel: 10,
             initramfs: 11,
-            ignition: 12,
+            ignition: Ignition::FwCfg { descriptor: 12 },
             root: 13,
             agent_disk: 14,
+            data_disk: None,
             qmp: 15,
             console: 16,
             vsock: Vsock::VhostUser { connection: 17 },
@@ -290,6 +343,50 @@ mod tests {
             ..descriptors()
         };
         insta::assert_snapshot!(lines(&machine, Acceleration::Kvm, &descriptors));
+    }
+
+    #[test]
+    fn a_machine_on_qemus_network_with_a_disk_and_a_long_configuration() {
+        let machine = Machine {
+            network: Network::User {
+                forwards: forward::parse_list("tcp::2222-:22,udp:127.0.0.1:5353-:53").unwrap(),
+            },
+            disk: Some(Disk {
+                size: Size::from_mib(12 << 10),
+                storage: Storage::Ephemeral,
+            }),
+            ..machine()
+        };
+        let descriptors = Descriptors {
+            data_disk: Some(30),
+            ignition: Ignition::Disk {
+                descriptor: 31,
+                serial: "coreos-kvm-config".to_owned(),
+            },
+            ..descriptors()
+        };
+        insta::assert_snapshot!(lines(&machine, Acceleration::Tcg, &descriptors));
+    }
+
+    #[test]
+    fn what_is_written_to_a_disk_that_stays_is_flushed() {
+        let machine = Machine {
+            disk: Some(Disk {
+                size: Size::from_mib(64),
+                storage: Storage::File("/var/lib/disk.img".into()),
+            }),
+            ..machine()
+        };
+        let descriptors = Descriptors {
+            data_disk: Some(30),
+            ..descriptors()
+        };
+        let lines = lines(&machine, Acceleration::Tcg, &descriptors);
+        let node = lines.lines().find(|line| line.contains("\"data\"")).unwrap();
+        assert!(
+            node.contains(r#""cache":{"no-flush":false}"#) && !node.contains("disk.img"),
+            "{node}"
+        );
     }
 
     #[test]

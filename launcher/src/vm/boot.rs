@@ -24,9 +24,12 @@ use super::{Vm, remains, watch::Watch};
 use crate::{
     accel::{self, AccelError, Acceleration},
     agent::{AgentClient, AgentError},
+    carriage::{self, Carriage, CarriageError},
     cgroup::{self, CgroupError},
     config::Config,
-    console::Console,
+    console::{Console, Watcher},
+    disk::{self, DiskError},
+    forward::{self, ForwardError},
     machine::{Machine, MachineError, Network},
     netdev::{self, NetdevError},
     process::{Confinement, Process, ProcessError},
@@ -49,6 +52,12 @@ pub enum VmError {
     Machine(#[from] MachineError),
     #[error(transparent)]
     Provision(#[from] ProvisionError),
+    #[error(transparent)]
+    Carriage(#[from] CarriageError),
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     #[error(transparent)]
     Acceleration(#[from] AccelError),
     #[error(transparent)]
@@ -99,10 +108,10 @@ impl VmError {
 }
 
 /// Starts the machine in a task of its own: when the caller goes away, the task still undoes what it has made.
-pub(super) async fn start(config: &Config, machine: Machine) -> Result<Vm, VmError> {
+pub(super) async fn start(config: &Config, machine: Machine, watcher: Option<Watcher>) -> Result<Vm, VmError> {
     let given_up = CancellationToken::new();
     let guard = given_up.clone().drop_guard();
-    let task = tokio::spawn(start_or_undo(config.clone(), machine, given_up));
+    let task = tokio::spawn(start_or_undo(config.clone(), machine, watcher, given_up));
     let result = match task.await {
         Ok(result) => result,
         Err(error) => Err(VmError::io("the machine's start")(io::Error::other(error))),
@@ -111,7 +120,12 @@ pub(super) async fn start(config: &Config, machine: Machine) -> Result<Vm, VmErr
     result
 }
 
-async fn start_or_undo(config: Config, machine: Machine, given_up: CancellationToken) -> Result<Vm, VmError> {
+async fn start_or_undo(
+    config: Config,
+    machine: Machine,
+    watcher: Option<Watcher>,
+    given_up: CancellationToken,
+) -> Result<Vm, VmError> {
     let plan = plan(&config, &machine).await?;
     let state = StateDir::create(&config.state_dir, &machine.id)?;
     let mut record = Record {
@@ -131,7 +145,7 @@ async fn start_or_undo(config: Config, machine: Machine, given_up: CancellationT
     };
     tracing::info!(machine = %machine.id, acceleration = %plan.acceleration, reason = plan.reason, "the machine starts");
     let built = tokio::select! {
-        built = build(&config, &machine, plan, &state, &mut record) => built,
+        built = build(&config, &machine, plan, &state, &mut record, watcher) => built,
         () = given_up.cancelled() => Err(VmError::Cancelled),
     };
     if built.is_err() {
@@ -151,7 +165,8 @@ pub(super) async fn undo(state_dir: &Path, state: &StateDir, record: &Record) {
 
 /// What can be decided before anything is made: everything that is wrong with what the user or the admin wrote is found here.
 struct Plan {
-    ignition: String,
+    ignition: Carriage,
+    data_disk: Option<File>,
     qemu: PathBuf,
     acceleration: Acceleration,
     reason: String,
@@ -160,7 +175,11 @@ struct Plan {
 
 async fn plan(config: &Config, machine: &Machine) -> Result<Plan, VmError> {
     machine.check()?;
-    let ignition = provision::provision(machine)?;
+    let ignition = carriage::carry(provision::provision(machine)?, &machine.guest)?;
+    if let Network::User { forwards } = &machine.network {
+        forward::check(forwards)?;
+    }
+    let data_disk = machine.disk.as_ref().map(disk::open).transpose()?;
     if !config.agent_disk.is_file() {
         return Err(VmError::AgentDisk {
             path: config.agent_disk.clone(),
@@ -174,6 +193,7 @@ async fn plan(config: &Config, machine: &Machine) -> Result<Plan, VmError> {
     };
     Ok(Plan {
         ignition,
+        data_disk,
         qemu,
         acceleration,
         reason,
@@ -188,6 +208,7 @@ async fn build(
     plan: Plan,
     state: &StateDir,
     record: &mut Record,
+    watcher: Option<Watcher>,
 ) -> Result<Vm, VmError> {
     state.write(record)?;
     let uid = user::allocate(
@@ -245,7 +266,7 @@ async fn build(
     let dialer = vsock.dialer();
 
     let network = match &machine.network {
-        Network::None => None,
+        Network::None | Network::User { .. } => None,
         Network::Tap { netns, redirects } => Some(netdev::attach(netns, redirects).await?),
     };
 
@@ -256,9 +277,18 @@ async fn build(
     let mut descriptors = Descriptors {
         kernel: inherited.file(&machine.guest.kernel)?,
         initramfs: inherited.file(&machine.guest.initramfs)?,
-        ignition: inherited.add(sealed(&plan.ignition).map_err(VmError::io("keeping the configuration in memory"))?),
+        ignition: match plan.ignition {
+            Carriage::FwCfg(text) | Carriage::FwCfgCompressed(text) => arguments::Ignition::FwCfg {
+                descriptor: inherited.add(in_memory(&text)?),
+            },
+            Carriage::Disk { serial, content } => arguments::Ignition::Disk {
+                descriptor: inherited.add(in_memory(&content)?),
+                serial,
+            },
+        },
         root: inherited.file(&machine.guest.root)?,
         agent_disk: inherited.file(&config.agent_disk)?,
+        data_disk: plan.data_disk.map(|disk| inherited.add(disk)),
         qmp: inherited.add(qmp_there),
         console: inherited.add(console_there),
         shared: inherited.add(virtiofs.connection),
@@ -290,9 +320,13 @@ async fn build(
         }
         attached.configuration
     });
+    let configuration = match &machine.network {
+        Network::User { .. } => Some(netdev::user_configuration()),
+        _ => configuration,
+    };
 
     let console = async_socket(console_here).map_err(VmError::io("reading the console"))?;
-    let console = Console::start(console, &state.console()).map_err(VmError::io("recording the console"))?;
+    let console = Console::start(console, &state.console(), watcher).map_err(VmError::io("recording the console"))?;
     let arguments = arguments::arguments(machine, plan.acceleration, &descriptors);
     let qemu = Arc::new(Process::start(&plan.qemu, &arguments, inherited.0, wall)?);
     record.qemu = Some(qemu.id());
@@ -366,6 +400,10 @@ impl Inherited {
             .map(|file| self.add(file))
             .map_err(VmError::io(format!("opening {}", path.display())))
     }
+}
+
+fn in_memory(configuration: &str) -> Result<File, VmError> {
+    sealed(configuration).map_err(VmError::io("keeping the configuration in memory"))
 }
 
 /// A file in memory that nobody can change any more, and that has no name: a configuration may hold secrets.

@@ -83,6 +83,7 @@ impl Place {
             ignition: None,
             kernel_args: Vec::new(),
             network: Network::None,
+            disk: None,
             cgroup: Some(format!("coreos-kvm-test-{}-{name}", std::process::id()).into()),
             boot_timeout: Duration::from_secs(120),
         }

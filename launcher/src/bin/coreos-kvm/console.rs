@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, IsTerminal, Read, Write},
+    io::{self, Read},
     os::unix::fs::MetadataExt,
     path::Path,
     process::ExitCode,
@@ -13,10 +13,11 @@ use anyhow::{Context, bail};
 use clap::Args;
 use coreos_kvm_launcher::{
     config::Config,
-    console::harmless,
     machine::MachineId,
     state::{ProcessId, StateDir},
 };
+
+use crate::output::Output;
 
 #[derive(Args)]
 pub(crate) struct Console {
@@ -38,18 +39,18 @@ impl Console {
         let log = state.console();
         let mut output = Output::new();
         match File::open(log.with_extension("log.1")) {
-            Ok(before) => output.copy(before)?,
+            Ok(before) => copy(before, &mut output)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error).context("opening the console's older part"),
         }
         let mut current = File::open(&log).with_context(|| format!("opening {}", log.display()))?;
-        output.copy(&mut current)?;
+        copy(&mut current, &mut output)?;
         while self.follow && record.launcher.is_some_and(ProcessId::is_alive) && log.exists() {
             tokio::time::sleep(LOOK).await;
-            output.copy(&mut current)?;
+            copy(&mut current, &mut output)?;
             if was_replaced(&current, &log)? {
                 // Rotated away: what came between the last look and the rotation is still in this one.
-                output.copy(&mut current)?;
+                copy(&mut current, &mut output)?;
                 current = File::open(&log).with_context(|| format!("opening {}", log.display()))?;
             }
         }
@@ -66,53 +67,14 @@ fn was_replaced(current: &File, log: &Path) -> anyhow::Result<bool> {
     }
 }
 
-/// stdout: a terminal gets text that cannot move its cursor, for the guest chose it; a file gets every byte.
-struct Output {
-    stdout: io::Stdout,
-    terminal: bool,
-    /// The beginning of a line of which the end has not come yet.
-    line: Vec<u8>,
-}
-
-/// A line longer than this is shown in pieces.
-const LINE: usize = 4096;
-
-impl Output {
-    fn new() -> Self {
-        let stdout = io::stdout();
-        Self {
-            terminal: stdout.is_terminal(),
-            stdout,
-            line: Vec::new(),
+/// Prints the rest of `source`.
+fn copy(mut source: impl Read, output: &mut Output) -> anyhow::Result<()> {
+    let mut buffer = [0; 16 * 1024];
+    loop {
+        let count = source.read(&mut buffer).context("reading the console")?;
+        if count == 0 {
+            return Ok(());
         }
-    }
-
-    fn copy(&mut self, mut source: impl Read) -> anyhow::Result<()> {
-        let mut buffer = [0; 16 * 1024];
-        loop {
-            let count = source.read(&mut buffer).context("reading the console")?;
-            if count == 0 {
-                return self.stdout.flush().context("writing");
-            }
-            if self.terminal {
-                self.show(&buffer[..count])?;
-            } else {
-                self.stdout.write_all(&buffer[..count]).context("writing")?;
-            }
-        }
-    }
-
-    fn show(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
-        self.line.extend(bytes);
-        while let Some(end) = self
-            .line
-            .iter()
-            .position(|byte| *byte == b'\n')
-            .or((self.line.len() > LINE).then_some(LINE))
-        {
-            let line: Vec<u8> = self.line.drain(..=end).collect();
-            write!(self.stdout, "{}", harmless(&String::from_utf8_lossy(&line))).context("writing")?;
-        }
-        Ok(())
+        output.print(&buffer[..count]).context("writing")?;
     }
 }

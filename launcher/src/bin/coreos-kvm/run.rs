@@ -1,106 +1,287 @@
-//! `coreos-kvm run`: one machine without a network, for trials and measurements.
+//! `coreos-kvm run`: one machine without Kubernetes, described by flags or by the environment of a container.
 
 use std::{
-    path::PathBuf,
+    ffi::OsStr,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use coreos_kvm_launcher::{
     config::Config,
+    disk::{Disk, Storage},
+    forward,
     guest::Guest,
     machine::{Machine, MachineId, Network},
+    size::Size,
     vm::{self, Vm},
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
+
+use crate::output::Output;
+
+/// Longest configuration that is read, in bytes.
+const CONFIGURATION_MAX: u64 = 16 * 1024 * 1024;
+/// Pieces of what the guest prints, of up to 16 KiB, that wait for a slow reader of stdout.
+const PIECES: usize = 256;
+/// What such a reader is given for the rest when the machine has ended.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+const EXAMPLES: &str = "\
+What the guest prints on its serial console goes to stdout, how the machine is to stderr. SIGTERM and SIGINT power the guest
+off in order, a second one at once. Exit code 0: the guest has powered off; 1: anything else, said in one sentence.
+
+Examples:
+  A machine with a user that logs in by its key:
+    coreos-kvm run --config-file core.yaml --hostfwd hostfwd=tcp::2222-:22
+    ssh -p 2222 core@127.0.0.1
+  The same by environment, as in a container:
+    CONFIG_FILE=/config/core.yaml VM_NAME=kube-0 VM_MEMORY=8G VM_DISK_SIZE=20G \\
+      HOSTFWD=hostfwd=tcp::2222-:22,hostfwd=tcp:127.0.0.1:1443-:443 coreos-kvm run
+  One whose disk stays, and with it everything that was changed:
+    coreos-kvm run --disk /var/lib/kube-0.img --disk-size 20G
+  The shortest boot, for a measurement:
+    coreos-kvm run --no-network --no-disk --memory 512M --until-ready";
 
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Run {
     /// Name of the machine; left out, it is made of the process id.
-    #[arg(long)]
+    #[arg(long, env = "VM_NAME")]
     name: Option<MachineId>,
-    /// The guest's name.
+    /// The guest's name, as of a folder in `guests_dir`.
     #[arg(long)]
     guest: Option<String>,
+    /// A Container Linux Config or a Butane configuration.
+    #[arg(long, env = "CONFIG_FILE", value_name = "FILE")]
+    config_file: Option<PathBuf>,
     /// An Ignition configuration.
+    #[arg(long, alias = "ignition", env = "IGNITION_CONFIG_FILE", value_name = "FILE")]
+    ignition_config_file: Option<PathBuf>,
+    /// A cloud-config, or a script.
+    #[arg(long, env = "CLOUD_CONFIG_FILE", value_name = "FILE")]
+    cloud_config_file: Option<PathBuf>,
+    /// Memory of the machine.
+    #[arg(
+        long,
+        env = "VM_MEMORY",
+        value_name = "SIZE",
+        default_value = "4G",
+        allow_hyphen_values = true
+    )]
+    memory: Size,
+    /// Size of its disk, which takes as much room as the guest has written.
+    #[arg(
+        long,
+        env = "VM_DISK_SIZE",
+        value_name = "SIZE",
+        default_value = "12G",
+        allow_hyphen_values = true
+    )]
+    disk_size: Size,
+    /// A file to keep the disk in, made where it is missing; left out, the disk is gone with the machine.
     #[arg(long, value_name = "FILE")]
-    ignition: Option<PathBuf>,
-    /// In MiB.
-    #[arg(long, value_name = "MIB")]
-    memory: Option<u64>,
+    disk: Option<PathBuf>,
+    /// No disk: whatever the guest writes is in its memory.
+    #[arg(long, conflicts_with = "disk")]
+    no_disk: bool,
+    /// Ports of the host that lead to ports of the guest, in QEMU's syntax, several by commas.
+    #[arg(long, env = "HOSTFWD", value_name = "FORWARDS", allow_hyphen_values = true)]
+    hostfwd: Option<String>,
+    /// No network but the guest's loopback.
+    #[arg(long)]
+    no_network: bool,
+    /// Number of processors.
     #[arg(long, value_name = "NUMBER")]
     vcpus: Option<u32>,
     /// A further argument of the guest's kernel.
-    #[arg(long = "kernel-arg", value_name = "ARGUMENT")]
+    #[arg(long = "kernel-arg", value_name = "ARGUMENT", allow_hyphen_values = true)]
     kernel_args: Vec<String>,
-    /// End the machine as soon as its agent answers.
+    /// Seconds that the guest is given to power off, before it is killed.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    grace: u64,
+    /// End the machine as soon as its agent answers, and print on stdout how long that took instead of the console.
     #[arg(long)]
     until_ready: bool,
 }
 
-/// What the guest is given to power off.
-const GRACE: Duration = Duration::from_secs(30);
-
 impl Run {
     pub(crate) async fn run(self, config: &Config) -> anyhow::Result<ExitCode> {
-        let ignition = self.ignition.map(|path| {
-            std::fs::read_to_string(&path)
-                .with_context(|| format!("reading the Ignition configuration {}", path.display()))
-        });
-        let id = match self.name {
-            Some(id) => id,
-            None => format!("run-{}", std::process::id()).parse()?,
-        };
-        let machine = Machine {
-            id: id.clone(),
-            guest: Guest::load(&config.guests_dir, self.guest.as_deref().unwrap_or(&config.guest))?,
-            vcpus: self.vcpus.unwrap_or(config.vcpus),
-            memory_mib: self.memory.unwrap_or(config.memory_mib),
-            acceleration: config.acceleration,
-            ignition: ignition.transpose()?,
-            kernel_args: self.kernel_args,
-            network: Network::None,
-            cgroup: None,
-            boot_timeout: config.boot_timeout,
-        };
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
+        let machine = self.machine(config)?;
+        let id = machine.id.clone();
+        let mut interruption = Interruption::new()?;
+        let (console, shown) = if self.until_ready { (None, None) } else { show()? };
         let begin = Instant::now();
+        let start = async {
+            match console {
+                Some(console) => Vm::start_watched(config, machine, console).await,
+                None => Vm::start(config, machine).await,
+            }
+        };
         let vm = tokio::select! {
-            vm = Vm::start(config, machine) => Some(vm?),
-            _ = interrupt.recv() => None,
-            _ = terminate.recv() => None,
+            vm = start => Some(vm),
+            () = interruption.came() => None,
         };
-        let Some(vm) = vm else {
+        let outcome = match vm {
+            Some(Ok(vm)) => self.stay(&vm, begin, &mut interruption).await,
+            Some(Err(error)) => Err(error.into()),
             // The start is being undone, but this process must not end before it is.
-            vm::destroy(&config.state_dir, &id).await?;
-            anyhow::bail!("interrupted before the machine was up");
+            None => match vm::destroy(&config.state_dir, &id).await {
+                Ok(()) => Err(anyhow::anyhow!("interrupted before the machine was up")),
+                Err(error) => Err(error.into()),
+            },
         };
-        println!(
-            "{}",
-            serde_json::json!({ "ready_s": begin.elapsed().as_secs_f64(), "machine": vm.info() })
-        );
+        if let Some(shown) = shown {
+            // Whoever reads that late has gone.
+            let _ = timeout(LAST_WORDS, shown).await;
+        }
+        outcome
+    }
+
+    async fn stay(&self, vm: &Vm, begin: Instant, interruption: &mut Interruption) -> anyhow::Result<ExitCode> {
+        let ready = serde_json::json!({ "ready_s": begin.elapsed().as_secs_f64(), "machine": vm.info() });
         if self.until_ready {
+            println!("{ready}");
             vm.shutdown(Duration::ZERO).await?;
             return Ok(ExitCode::SUCCESS);
         }
-        let exit = tokio::select! {
-            exit = vm.exited() => Some(exit),
-            _ = interrupt.recv() => None,
-            _ = terminate.recv() => None,
+        eprintln!("{ready}");
+        tokio::select! {
+            _ = vm.exited() => {}
+            () = interruption.came() => {}
+        }
+        let ended = tokio::select! {
+            ended = vm.shutdown(Duration::from_secs(self.grace)) => Some(ended),
+            () = interruption.came() => None,
         };
-        vm.shutdown(GRACE).await?;
-        let exit = match exit {
-            Some(exit) => exit,
-            None => vm.exited().await,
-        };
-        println!("{}", serde_json::to_string(&exit)?);
+        match ended {
+            Some(ended) => ended?,
+            None => vm.shutdown(Duration::ZERO).await?,
+        }
+        let exit = vm.exited().await;
+        eprintln!("{}", serde_json::to_string(&exit)?);
         Ok(if exit.orderly {
             ExitCode::SUCCESS
         } else {
             ExitCode::FAILURE
         })
     }
+
+    /// The machine that is asked for. What is wrong with it is said before anything is made.
+    fn machine(&self, config: &Config) -> anyhow::Result<Machine> {
+        if self.no_network && self.hostfwd.as_deref().is_some_and(|forwards| !forwards.is_empty()) {
+            bail!("without a network there is nothing to forward to: leave out --no-network, or HOSTFWD (--hostfwd)");
+        }
+        Ok(Machine {
+            id: match &self.name {
+                Some(id) => id.clone(),
+                None => format!("run-{}", std::process::id()).parse()?,
+            },
+            guest: Guest::load(&config.guests_dir, self.guest.as_deref().unwrap_or(&config.guest))?,
+            vcpus: self.vcpus.unwrap_or(config.vcpus),
+            memory_mib: self.memory.mib(),
+            acceleration: config.acceleration,
+            ignition: self.configuration()?,
+            kernel_args: self.kernel_args.clone(),
+            network: if self.no_network {
+                Network::None
+            } else {
+                Network::User {
+                    forwards: forward::parse_list(self.hostfwd.as_deref().unwrap_or_default())?,
+                }
+            },
+            disk: (!self.no_disk).then(|| Disk {
+                size: self.disk_size,
+                storage: self.disk.clone().map_or(Storage::Ephemeral, Storage::File),
+            }),
+            cgroup: None,
+            boot_timeout: config.boot_timeout,
+        })
+    }
+
+    /// The text of the one configuration that is given. A variable that is set to nothing gives none.
+    fn configuration(&self) -> anyhow::Result<Option<String>> {
+        let all = [
+            ("CONFIG_FILE (--config-file)", &self.config_file),
+            (
+                "IGNITION_CONFIG_FILE (--ignition-config-file)",
+                &self.ignition_config_file,
+            ),
+            ("CLOUD_CONFIG_FILE (--cloud-config-file)", &self.cloud_config_file),
+        ];
+        let mut given = all
+            .iter()
+            .filter_map(|(name, path)| Some((*name, path.as_deref()?)))
+            .filter(|(_, path)| *path != Path::new(OsStr::new("")));
+        let Some((name, path)) = given.next() else {
+            return Ok(None);
+        };
+        if let Some((other, other_path)) = given.next() {
+            bail!(
+                "a machine has one configuration, and two are given: {name} is {}, {other} is {}; leave one out",
+                path.display(),
+                other_path.display()
+            );
+        }
+        let size = std::fs::metadata(path).map(|file| file.len());
+        let size = size.with_context(|| format!("reading the configuration {}, as {name} has it", path.display()))?;
+        if size > CONFIGURATION_MAX {
+            bail!(
+                "the configuration {} has {size} bytes; at most {CONFIGURATION_MAX} are possible",
+                path.display()
+            );
+        }
+        let text = std::fs::read_to_string(path);
+        text.map(Some)
+            .with_context(|| format!("reading the configuration {}, as {name} has it", path.display()))
+    }
+}
+
+/// SIGINT and SIGTERM.
+struct Interruption {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Interruption {
+    fn new() -> anyhow::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    async fn came(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+type Shown = (Option<mpsc::Sender<Vec<u8>>>, Option<oneshot::Receiver<()>>);
+
+/// Shows on stdout what is sent, from a thread: whoever reads stdout may be slow, or stop, and the machine goes on. The receiver
+/// hears when everything is shown.
+fn show() -> anyhow::Result<Shown> {
+    let (sender, mut pieces) = mpsc::channel::<Vec<u8>>(PIECES);
+    let (done, shown) = oneshot::channel();
+    let work = move || {
+        let mut output = Output::new();
+        while let Some(piece) = pieces.blocking_recv() {
+            // Nobody reads any more.
+            if output.print(&piece).is_err() {
+                break;
+            }
+        }
+        let _ = done.send(());
+    };
+    std::thread::Builder::new().name("console".to_owned()).spawn(work)?;
+    Ok((Some(sender), Some(shown)))
 }
