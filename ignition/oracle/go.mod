@@ -1,7 +1,7 @@
 // The real libraries that the tests of this crate compare it with; never part of what is shipped.
 module oracle
 
-go 1.25
+go 1.24.0
 
 require (
 	github.com/clarketm/json v1.17.1
@@ -27,10 +27,18 @@ require (
 	github.com/davecgh/go-spew v1.1.2-0.20180830191138-d8f796af33cc // indirect
 	github.com/kr/text v0.2.0 // indirect
 	github.com/pmezard/go-difflib v1.0.1-0.20181226105442-5d4384ee4fb2 // indirect
-	github.com/rogpeppe/go-internal v1.16.0 // indirect
+	github.com/rogpeppe/go-internal v1.14.1 // indirect
+	github.com/spf13/pflag v1.0.10 // indirect
 	github.com/stretchr/testify v1.11.1 // indirect
 	github.com/vincent-petithory/dataurl v1.0.0 // indirect
 	go4.org v0.0.0-20200104003542-c7e774b10ea0 // indirect
 	gopkg.in/yaml.v2 v2.4.0 // indirect
 	gopkg.in/yaml.v3 v3.0.1 // indirect
+)
+
+tool (
+	github.com/coreos/butane/internal
+	github.com/coreos/container-linux-config-transpiler/internal
+	github.com/coreos/ignition/v2/validate
+	github.com/coreos/ignition/validate
 )
