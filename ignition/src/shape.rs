@@ -94,13 +94,18 @@ impl Language {
     /// Holds the document against the language as it was in `version`: of every key that it does not know there is a warning,
     /// of everything that is not what is expected an error. Null says nothing and is left out.
     pub(crate) fn shape(&self, node: Node, version: u8, report: &mut Report) -> Node {
+        self.shape_at(node, version, &Place::ROOT, report)
+    }
+
+    /// As [`Self::shape`], for a part of a document that is a language with versions of its own.
+    pub(crate) fn shape_at(&self, node: Node, version: u8, place: &Place<'_>, report: &mut Report) -> Node {
         let mut shaper = Shaper {
             language: self,
             version,
             report,
         };
         shaper
-            .fields(node, self.fields, &Place::ROOT)
+            .fields(node, self.fields, place)
             .unwrap_or_else(|| Node::ours(Map::new()))
     }
 }
