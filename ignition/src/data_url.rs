@@ -8,13 +8,13 @@ use flate2::{Compression, read::MultiGzDecoder, write::GzEncoder};
 /// Longest contents that are looked into, in bytes; a small gzip can stand for any amount.
 pub(crate) const CONTENTS_MAX: usize = 64 << 20;
 
-/// Percent-encoded: `data:,` and the bytes, those that RFC 3986 calls unreserved as they are.
+/// Percent-encoded: `data:,` and the bytes, those that RFC 2396 calls unreserved as they are, as Butane and `ct` do it.
 pub(crate) fn percent(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
     let mut url = String::with_capacity(bytes.len() + 8);
     url.push_str("data:,");
     for &byte in bytes {
-        if byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte) {
+        if byte.is_ascii_alphanumeric() || b"-_.!~*'()".contains(&byte) {
             url.push(char::from(byte));
         } else {
             url.push('%');
@@ -39,7 +39,8 @@ pub(crate) fn shortest(bytes: &[u8], compress: bool) -> (String, bool) {
     }
     if compress {
         let compressed = base64(&gzip(bytes));
-        if compressed.len() < best.0.len() {
+        // `compression` has to say so, which takes its room too.
+        if compressed.len() + "gzip".len() < best.0.len() {
             best = (compressed, true);
         }
     }
