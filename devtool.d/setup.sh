@@ -8,6 +8,9 @@ readonly vhost_device_vsock_version=0.3.0
 # The containerds that the tests run against, each with the Debian suites that may carry it.
 readonly containerd_versions=(1.6.20 1.7.24 2.1.9)
 readonly debian_suites=(bookworm trixie forky sid)
+# Debian's Go for machines that have none; any release that has what ignition/oracle/go.mod asks for.
+readonly go_release=1.24
+readonly mirror_advice="If a mirror cannot be reached, name another one: KUBECEPTION_DEBIAN_MIRROR=URI ./devtool setup"
 
 # Packages by purpose; only those that are missing get installed.
 readonly packages_to_build=(
@@ -37,7 +40,10 @@ setup_everything() {
   step "vhost-device-vsock $vhost_device_vsock_version" - "$advice" \
     setup_tool vhost-device-vsock "$vhost_device_vsock_version"
   step "containerds ${containerd_versions[*]}" "$(key_of "$here/devtool.d/setup.sh")" \
-    "If a mirror cannot be reached, name another one: KUBECEPTION_DEBIAN_MIRROR=URI ./devtool setup" setup_containerds
+    "$mirror_advice" setup_containerds
+  step "Ignition of Debian" "$(key_of "$here/devtool.d/setup.sh")" "$mirror_advice" setup_ignition
+  step "Butane, ct and Ignition as oracles" "$(key_of "$here"/ignition/oracle/*)" \
+    "$mirror_advice; the Go modules come from GOPROXY ('go help goproxy')." setup_oracles
 }
 
 # --- packages ---------------------------------------------------------------------------------------------------------
@@ -128,9 +134,7 @@ setup_tool() {
 # They are unpacked, never installed: an installed containerd would start as the machine's own.
 setup_containerds() {
   local apt=$cache/apt version
-  make_apt_root "$apt"
-  export APT_CONFIG=$apt/apt.conf
-  apt-get -q update
+  open_debian "$apt"
   unpack "$apt" runc "" "$cache/containerd/common"
   unpack "$apt" containernetworking-plugins "" "$cache/containerd/common"
   for version in "${containerd_versions[@]}"; do
@@ -141,6 +145,62 @@ setup_containerds() {
   # The one program of the test images, and its libraries.
   unpack "$apt" busybox "" "$cache/busybox"
   unpack "$apt" libc6 "" "$cache/busybox"
+}
+
+# --- what configurations are judged by ---------------------------------------------------------------------------------
+
+# The first boot's own program and ignition-validate, for the trials; never installed, since its package brings a dracut.
+setup_ignition() {
+  open_debian "$cache/apt"
+  unpack "$cache/apt" ignition "" "$cache/ignition"
+  "$cache/ignition/usr/lib/dracut/modules.d/30ignition/ignition" --version
+  "$cache/ignition/usr/bin/ignition-validate" --version
+}
+
+# ignition/oracle, and the real programs of the same versions, into $cache/tools/go/bin.
+setup_oracles() {
+  local go
+  go=$(find_go)
+  if [ -z "$go" ]; then
+    open_debian "$cache/apt"
+    unpack "$cache/apt" "golang-$go_release-go" '[0-9.]+' "$cache/golang"
+    unpack "$cache/apt" "golang-$go_release-src" '[0-9.]+' "$cache/golang"
+    go=$(find_go)
+  fi
+  cd "$here/ignition/oracle" || return
+  # Nothing but go.mod and go.sum decides what is built; what is downloaded can be deleted with the cache.
+  export GOTOOLCHAIN=local GOWORK=off CGO_ENABLED=0 GOFLAGS="-mod=readonly -modcacherw -buildvcs=false -trimpath"
+  export GOMODCACHE=$cache/go/modules GOCACHE=$cache/go/build
+  local bin=$cache/tools/go/bin
+  "$go" build -o "$bin/oracle" .
+  "$go" build -o "$bin/butane" github.com/coreos/butane/internal
+  "$go" build -o "$bin/ct" github.com/coreos/container-linux-config-transpiler/internal
+  "$go" build -o "$bin/ignition2-validate" github.com/coreos/ignition/validate
+  "$go" build -o "$bin/ignition3-validate" github.com/coreos/ignition/v2/validate
+}
+
+# Prints the first go that is new enough for the oracle, if any.
+find_go() {
+  local go wanted version
+  wanted=$(sed -n 's/^go //p' "$here/ignition/oracle/go.mod")
+  # sudo resets PATH: looks where Go's own archive is unpacked, too.
+  for go in "$(command -v go || true)" /usr/local/go/bin/go "$cache/golang/usr/lib/go-$go_release/bin/go"; do
+    [ -x "$go" ] || continue
+    version=$(cd / && GOTOOLCHAIN=local "$go" env GOVERSION) || continue
+    if printf '%s\n' "$wanted" "${version#go}" | sort -CV; then
+      echo "$go"
+      return
+    fi
+  done
+}
+
+# --- Debian's packages, unpacked ---------------------------------------------------------------------------------------
+
+# open_debian FOLDER: from here on apt is one of its own that knows all the suites.
+open_debian() {
+  make_apt_root "$1"
+  export APT_CONFIG=$1/apt.conf
+  apt-get -q update
 }
 
 # An apt that knows several Debian suites and nothing of this machine's.
@@ -191,7 +251,8 @@ debian_mirror() {
   echo "$uri"
 }
 
-# With APT_CONFIG set. unpack APT-ROOT PACKAGE UPSTREAM-VERSION FOLDER; the version of the oldest suite where UPSTREAM-VERSION is empty.
+# With APT_CONFIG set. unpack APT-ROOT PACKAGE UPSTREAM-VERSION FOLDER; UPSTREAM-VERSION is a pattern, the version of the
+# oldest suite where it is empty.
 unpack() {
   local root=$1 package=$2 upstream=$3 folder=$4 version
   version=$(apt-cache madison "$package" |
@@ -199,7 +260,7 @@ unpack() {
       (upstream != "" && match($2, "^" upstream "[^0-9.]")) || (upstream == "" && index($3, oldest)) { print $2; exit }')
   if [ -z "$version" ]; then
     echo "no Debian suite of ${debian_suites[*]} has $package $upstream any longer;" \
-      "pin another version in devtool.d/setup.sh (containerd_versions)"
+      "pin another version in devtool.d/setup.sh (containerd_versions, go_release)"
     return 1
   fi
   echo "$package $version -> $folder"
@@ -207,6 +268,6 @@ unpack() {
     cd "$root/archives" || exit 1
     apt-get -q download "$package=$version"
     mkdir -p "$folder"
-    dpkg -x "${package}_${version/:/%3a}_amd64.deb" "$folder"
+    dpkg -x "${package}_${version/:/%3a}"_*.deb "$folder"
   )
 }
