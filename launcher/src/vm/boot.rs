@@ -175,7 +175,12 @@ struct Plan {
 
 async fn plan(config: &Config, machine: &Machine) -> Result<Plan, VmError> {
     machine.check()?;
-    let ignition = carriage::carry(provision::provision(machine)?, &machine.guest)?;
+    // Asked for only where they may be needed: it costs a thread in the pod's network.
+    let addresses = match &machine.configuration {
+        Some(_) => netdev::addresses(&machine.network).await?,
+        None => Vec::new(),
+    };
+    let ignition = carriage::carry(provision::provision(machine, &addresses)?, &machine.guest)?;
     if let Network::User { forwards } = &machine.network {
         forward::check(forwards)?;
     }
@@ -415,7 +420,8 @@ fn sealed(text: &str) -> io::Result<File> {
     file.write_all(text.as_bytes())?;
     let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
     fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
-    Ok(file)
+    // Of a disk's descriptors QEMU takes the one that is open as the disk is: for reading alone.
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 fn async_socket(socket: UnixStream) -> io::Result<tokio::net::UnixStream> {
