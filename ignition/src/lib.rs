@@ -18,6 +18,7 @@ mod files;
 mod kind;
 mod node;
 pub mod report;
+mod rules;
 mod shape;
 mod text;
 mod transpile;
