@@ -59,6 +59,8 @@ fn translate_partition(partition: &mut Map, place: &Place<'_>, report: &mut Repo
             None => {
                 let message = "a size with its unit is expected, such as 512MiB or 10GiB (KiB, MiB, GiB, TiB)";
                 report.error(node, &place.key(key), message);
+                // Said once: a number is expected from here on.
+                partition.remove(key);
             }
         }
     }
