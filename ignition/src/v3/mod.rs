@@ -1,20 +1,11 @@
 //! Ignition 3.0 to 3.6.
 
+mod check;
+mod convert;
+mod merge;
 mod shape;
 
-use crate::{
-    node::{Map, Node},
-    report::Report,
-};
-
+pub(crate) use check::check;
+pub(crate) use convert::convert;
+pub(crate) use merge::merge;
 pub(crate) use shape::LANGUAGE;
-
-pub(crate) fn check(_: &Node, _: u8, _: &mut Report) {}
-
-/// Changes of meaning from one minor version to another.
-pub(crate) fn convert(_: &mut Node, _: u8, _: u8, _: &mut Report) {}
-
-pub(crate) fn merge(parent: &Node, _: &Node) -> Node {
-    let _ = Map::new();
-    parent.clone()
-}
