@@ -59,8 +59,27 @@ pub(crate) fn translate(mut tree: Node, options: &Options<'_>, report: &mut Repo
     ignition.map_mut("timeouts");
     ignition.map_mut("security").map_mut("tls");
 
-    verification::translate(&mut root, &Place::ROOT, report);
+    check_ids(&root, report);
+    verification::translate(&mut root, "", &Place::ROOT, report);
     Some((VERSION, names::renamed(root, "")))
+}
+
+/// Ignition would take a number below 0 for some of them, ct does not.
+fn check_ids(root: &Node, report: &mut Report) {
+    let passwd = Place::ROOT.key("passwd");
+    let mut check = |list: &str, path: &[&str]| {
+        let items = root.find(&["passwd", list]).map(Node::items).unwrap_or_default();
+        for (index, item) in items.iter().enumerate() {
+            if let Some(node) = item.find(path).filter(|node| node.as_int().is_some_and(|id| id < 0)) {
+                let place = passwd.key(list);
+                let place = place.index(index);
+                let message = format!("{} cannot be below 0", path.join("."));
+                report.error(node, &place, message);
+            }
+        }
+    };
+    check("users", &["create", "uid"]);
+    check("groups", &["gid"]);
 }
 
 fn docker_unit(docker: &Node) -> Node {

@@ -121,6 +121,7 @@ pub(super) fn quoted(text: &str) -> String {
     quoted.push('"');
     for c in text.chars() {
         match c {
+            '\'' => quoted.push(c),
             '"' => quoted.push_str("\\\""),
             '\\' => quoted.push_str("\\\\"),
             '\u{7}' => quoted.push_str("\\a"),
@@ -131,15 +132,20 @@ pub(super) fn quoted(text: &str) -> String {
             '\t' => quoted.push_str("\\t"),
             '\u{b}' => quoted.push_str("\\v"),
             _ if c.is_ascii_control() => quoted.push_str(&format!("\\x{:02x}", u32::from(c))),
-            // Blanks other than the one of ASCII are not shown as they are.
-            _ if c != ' ' && (c.is_control() || c.is_whitespace()) => {
-                quoted.push_str(&format!("\\u{:04x}", u32::from(c)));
-            }
-            _ => quoted.push(c),
+            _ if is_printable(c) => quoted.push(c),
+            '\u{10000}'.. => quoted.push_str(&format!("\\U{:08x}", u32::from(c))),
+            _ => quoted.push_str(&format!("\\u{:04x}", u32::from(c))),
         }
     }
     quoted.push('"');
     quoted
+}
+
+/// Letters, marks, digits, signs and the blank of ASCII. What Go calls printable is what Rust does not escape, but at the
+/// beginning of a text, where Rust escapes marks too.
+fn is_printable(c: char) -> bool {
+    let text = format!("x{c}");
+    text.escape_debug().eq(text.chars())
 }
 
 #[cfg(test)]
@@ -149,7 +155,9 @@ mod tests {
     #[rstest::rstest]
     #[case("plain", r#""plain""#)]
     #[case("a \"b\"\\\n\t\u{1}", r#""a \"b\"\\\n\t\x01""#)]
-    #[case("grün \u{a0}", r#""grün \u00a0""#)]
+    #[case("grün \u{a0}\u{200b}", r#""grün \u00a0\u200b""#)]
+    #[case("\u{1F600}\u{E0001}", r#""😀\U000e0001""#)]
+    #[case("'", r#""'""#)]
     fn quotes(#[case] text: &str, #[case] expected: &str) {
         assert_eq!(quoted(text), expected);
     }

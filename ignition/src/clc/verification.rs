@@ -5,24 +5,27 @@ use crate::{
     report::{Place, Report},
 };
 
-/// Says every `verification` of the tree in Ignition's way, and gives one to whatever is fetched.
-pub(super) fn translate(node: &mut Node, place: &Place<'_>, report: &mut Report) {
+/// The keys of what is fetched.
+const FETCHED: [&str; 4] = ["append", "replace", "certificate_authorities", "contents"];
+
+/// Says every `verification` of the tree in Ignition's way, and gives one to whatever is fetched; `name` is the key of the
+/// node.
+pub(super) fn translate(node: &mut Node, name: &str, place: &Place<'_>, report: &mut Report) {
     match &mut node.value {
         Value::List(items) => {
             for (index, item) in items.iter_mut().enumerate() {
-                translate(item, &place.index(index), report);
+                translate(item, name, &place.index(index), report);
             }
         }
         Value::Map(map) => {
-            let fetched = map.get("source").is_some();
             for (key, value) in map.iter_mut() {
                 let place = place.key(key);
                 match (key, value.as_map_mut()) {
                     ("verification", Some(verification)) => join(verification, &place, report),
-                    _ => translate(value, &place, report),
+                    _ => translate(value, key, &place, report),
                 }
             }
-            if fetched && map.get("verification").is_none() {
+            if FETCHED.contains(&name) && map.get("verification").is_none() {
                 map.insert("verification", Node::ours(Map::new()));
             }
         }
