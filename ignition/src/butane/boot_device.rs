@@ -40,6 +40,13 @@ impl Layout {
         }
     }
 
+    /// The root partition of a disk that is known by its device alone; None where it is known otherwise, or is no such disk.
+    fn root_on(self, disk: &str) -> Option<String> {
+        let (prefix, number) = self.root_partition()?;
+        let (_, letter) = disk.split_once(prefix)?;
+        matches!(letter.as_bytes(), [b'a'..=b'z']).then(|| format!("{disk}{number}"))
+    }
+
     /// None where nothing is said; an error where it is none of those that the version knows.
     fn of(boot_device: &Node, place: &Place<'_>, dialect: Dialect, report: &mut Report) -> Option<Self> {
         let node = boot_device.get("layout")?;
@@ -60,7 +67,10 @@ impl Layout {
 /// A configuration of disks, RAIDs, volumes and filesystems; None where neither LUKS nor a mirror is wanted.
 pub(super) fn render(boot_device: &Node, place: &Place<'_>, dialect: Dialect, report: &mut Report) -> Option<Node> {
     let layout = Layout::of(boot_device, place, dialect, report);
+    // On s390x there is no mirror, and nothing is to be said of what it would have been.
+    let mirrors = !layout.is_some_and(Layout::is_s390x);
     let devices = items(boot_device, &["mirror", "devices"]);
+    let devices = if mirrors { devices } else { &[] };
     check_mirror(boot_device, place, layout, dialect, report);
     let empty = Node::default();
     let luks = boot_device.get("luks").unwrap_or(&empty);
@@ -80,8 +90,8 @@ pub(super) fn render(boot_device: &Node, place: &Place<'_>, dialect: Dialect, re
         root_device = mirror::ROOT.to_owned();
     }
     if wants_luks {
-        if let Some((_, partition)) = layout.and_then(Layout::root_partition) {
-            root_device = format!("{}{partition}", luks.text("device").unwrap_or_default());
+        if let (Some(layout), Some(disk)) = (layout, text(luks, "device")) {
+            root_device = layout.root_on(disk).unwrap_or(root_device);
         }
         let ours = |value: Value| Node::at(luks.position, value);
         let volume = volume(luks, root_device);
@@ -140,14 +150,10 @@ fn is_cex(luks: &Node) -> bool {
     luks.get("cex").is_some_and(|cex| is_true(cex, "enabled"))
 }
 
-fn check_mirror(
-    boot_device: &Node,
-    place: &Place<'_>,
-    layout: Option<Layout>,
-    dialect: Dialect,
-    report: &mut Report,
-) {
-    let Some(mirror) = boot_device.get("mirror") else { return };
+fn check_mirror(boot_device: &Node, place: &Place<'_>, layout: Option<Layout>, dialect: Dialect, report: &mut Report) {
+    let Some(mirror) = boot_device.get("mirror") else {
+        return;
+    };
     let devices = items(mirror, &["devices"]);
     if devices.is_empty() {
         return;
@@ -162,7 +168,11 @@ fn check_mirror(
         if dialect.level() >= 7 {
             report.error(mirror, &mirror_place, message);
         } else {
-            report.warning(mirror, &mirror_place, format!("{message}, which is taken for granted here"));
+            report.warning(
+                mirror,
+                &mirror_place,
+                format!("{message}, which is taken for granted here"),
+            );
         }
     }
     if layout.is_some_and(Layout::is_s390x) {
@@ -181,15 +191,11 @@ fn check_luks(
 ) {
     let device = text(luks, "device");
     let luks_place = place.key("luks");
-    if let Some((prefix, _)) = layout.and_then(Layout::root_partition) {
-        let names_one = |device: &str| match device.split_once(prefix) {
-            Some((_, letter)) => matches!(letter.as_bytes(), [b'a'..=b'z']),
-            None => false,
-        };
-        if !device.is_some_and(names_one) {
-            let layout = boot_device.get("layout").unwrap_or(boot_device);
+    if let Some((layout, (prefix, _))) = layout.and_then(|layout| Some((layout, layout.root_partition()?))) {
+        if device.and_then(|device| layout.root_on(device)).is_none() {
+            let node = boot_device.get("layout").unwrap_or(boot_device);
             let message = format!("with this layout luks.device has to name the disk, as in {prefix}a");
-            report.error(layout, &place.key("layout"), message);
+            report.error(node, &place.key("layout"), message);
         }
     }
     let opened = is_cex(luks)

@@ -37,7 +37,11 @@ impl Dialect {
             "fcos" => (Self::Fcos, FCOS_NEWEST),
             "flatcar" => (Self::Flatcar, FLATCAR_NEWEST),
             "" => {
-                report.error(node_of("variant"), &place, "is missing: `fcos` or `flatcar` is expected");
+                report.error(
+                    node_of("variant"),
+                    &place,
+                    "is missing: `fcos` or `flatcar` is expected",
+                );
                 return None;
             }
             variant => {
@@ -47,9 +51,7 @@ impl Dialect {
             }
         };
         let text = scalar("version").unwrap_or_default();
-        let dialect = (0..=newest)
-            .find(|minor| text == format!("1.{minor}.0"))
-            .map(make);
+        let dialect = (0..=newest).find(|minor| text == format!("1.{minor}.0")).map(make);
         if dialect.is_none() {
             let place = Place::ROOT.key("version");
             let message = match text {
@@ -127,8 +129,14 @@ mod tests {
     }
 
     #[rstest::rstest]
-    #[case("{variant: openshift, version: 4.14.0}", "column 11: variant: \"openshift\" is not supported: fcos 1.0.0 to")]
-    #[case("{variant: fcos, version: 1.8.0-experimental}", "version: \"1.8.0-experimental\" is not supported")]
+    #[case(
+        "{variant: openshift, version: 4.14.0}",
+        "column 11: variant: \"openshift\" is not supported: fcos 1.0.0 to"
+    )]
+    #[case(
+        "{variant: fcos, version: 1.8.0-experimental}",
+        "version: \"1.8.0-experimental\" is not supported"
+    )]
     #[case("{variant: flatcar, version: 1.2.0}", "version: \"1.2.0\" is not supported")]
     #[case("{variant: fcos, version: 1.5}", "version: \"1.5\" is not supported")]
     #[case("{variant: fcos}", "version: is missing")]

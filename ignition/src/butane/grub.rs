@@ -52,9 +52,6 @@ pub(super) fn render(grub: &Node, report: &mut Report) -> Option<Node> {
         ("path", ours("/boot/grub2/user.cfg".into())),
         ("append", list(map(resource))),
     ]);
-    let storage = Map::from([
-        ("filesystems", list(map(filesystem))),
-        ("files", list(map(file))),
-    ]);
+    let storage = Map::from([("filesystems", list(map(filesystem))), ("files", list(map(file)))]);
     Some(map(Map::from([("storage", map(storage))])))
 }

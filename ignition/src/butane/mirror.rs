@@ -39,7 +39,12 @@ pub(super) fn render(devices: &[Node], cause: &Node, layout: Layout) -> Map {
         raid(cause, "boot", devices.len(), Some("--metadata=1.0")),
         raid(cause, "root", devices.len(), None),
     ];
-    filesystems.push(filesystem(cause, "/dev/md/md-boot".to_owned(), "ext4", "boot".to_owned()));
+    filesystems.push(filesystem(
+        cause,
+        "/dev/md/md-boot".to_owned(),
+        "ext4",
+        "boot".to_owned(),
+    ));
     let ours = |items: Vec<Node>| Node::at(cause.position, items);
     Map::from([
         ("disks", ours(disks)),

@@ -60,7 +60,11 @@ impl<'a> Mount<'a> {
         let swap = dialect.level() >= 4 && format == Some("swap");
         let node = |key| filesystem.get(key).unwrap_or(cause);
         if format.is_none() {
-            report.error(node("format"), &place.key("format"), "is missing: a mount unit needs it");
+            report.error(
+                node("format"),
+                &place.key("format"),
+                "is missing: a mount unit needs it",
+            );
         }
         // Not known without a format.
         if path.is_none() && !swap && (format.is_some() || dialect.level() < 4) {

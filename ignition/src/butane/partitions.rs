@@ -55,10 +55,7 @@ pub(super) fn check(root: &Node, dialect: Dialect, report: &mut Report) {
         let partitions = items(disk, &["partitions"]);
         let disk_place = disks.index(index);
         let place = disk_place.key("partitions");
-        let starts_anywhere = partitions
-            .iter()
-            .filter(|partition| start(partition) == 0)
-            .count();
+        let starts_anywhere = partitions.iter().filter(|partition| start(partition) == 0).count();
         for (index, partition) in partitions.iter().enumerate() {
             let Some(label) = partition.get("label") else { continue };
             let Some(name) = label.as_text() else { continue };

@@ -11,15 +11,13 @@ use crate::{
 };
 
 pub(super) fn translate(source: &mut Node, dialect: Dialect, local: &mut Local<'_>, report: &mut Report) {
-    let mut resources = Resources {
-        dialect,
-        local,
-        report,
-    };
+    let mut resources = Resources { dialect, local, report };
     let root = Place::ROOT;
     within(source, &root, "ignition", |ignition, place| {
         within(ignition, place, "config", |config, place| {
-            each(config, place, "merge", |node, place| resources.configuration(node, place));
+            each(config, place, "merge", |node, place| {
+                resources.configuration(node, place)
+            });
             within(config, place, "replace", |node, place| {
                 resources.configuration(node, place);
             });
@@ -82,7 +80,9 @@ impl Resources<'_, '_> {
         }
         let place = place.key(key);
         let Ok(text) = String::from_utf8(contents) else {
-            return self.report.error(&sugar, &place, "the configuration is no text in UTF-8");
+            return self
+                .report
+                .error(&sugar, &place, "the configuration is no text in UTF-8");
         };
         match version_of(&text) {
             // A guest of another version may know more, or less.
@@ -111,7 +111,11 @@ impl Resources<'_, '_> {
     fn contents(&mut self, node: &mut Node, place: &Place<'_>) -> Option<(Vec<u8>, Node, &'static str)> {
         let map = node.as_map_mut()?;
         let (inline, local) = (map.remove("inline"), map.remove("local"));
-        let given = [("local", local.as_ref()), ("inline", inline.as_ref()), ("source", map.get("source"))];
+        let given = [
+            ("local", local.as_ref()),
+            ("inline", inline.as_ref()),
+            ("source", map.get("source")),
+        ];
         let mut given = given.iter().rev().filter_map(|(key, node)| Some((*key, (*node)?)));
         if let (Some((key, last)), Some(_)) = (given.next(), given.next()) {
             let message = "one of inline, local and source is expected, not several";
@@ -133,7 +137,10 @@ impl Resources<'_, '_> {
         if self.dialect == Dialect::Fcos(0) {
             map.insert("source", Node::at(position, data_url::percent(contents)));
         } else {
-            let compressed_already = map.get("compression").and_then(Node::as_text).is_some_and(|text| !text.is_empty());
+            let compressed_already = map
+                .get("compression")
+                .and_then(Node::as_text)
+                .is_some_and(|text| !text.is_empty());
             let (url, compressed) = data_url::shortest(contents, !compressed_already);
             map.insert("source", Node::at(position, url));
             if !compressed_already {

@@ -256,3 +256,65 @@ const BOOT_DEVICE: &[Field] = &[
 ];
 
 const GRUB_USER: &[Field] = &[text("name"), text("password_hash")];
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashSet, fs};
+
+    use super::*;
+    use crate::{
+        node::{Node, Value},
+        report::Report,
+        text,
+    };
+
+    fn collect(node: &Node, path: &str, paths: &mut HashSet<String>) {
+        match &node.value {
+            Value::List(items) => items.iter().for_each(|item| collect(item, path, paths)),
+            Value::Map(map) => {
+                for (key, value) in map.iter() {
+                    let path = format!("{path}.{key}");
+                    collect(value, &path, paths);
+                    paths.insert(path);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn missing(fields: &[Field], path: &str, paths: &HashSet<String>, out: &mut Vec<String>) {
+        for field in fields {
+            let path = format!("{path}.{}", field.name);
+            if !paths.contains(&path) {
+                out.push(path.clone());
+            }
+            let mut shape = &field.shape;
+            while let Shape::List(element) = shape {
+                shape = element;
+            }
+            if let Shape::Struct(fields) = shape {
+                missing(fields, &path, paths, out);
+            }
+        }
+    }
+
+    #[test]
+    fn every_key_is_in_the_corpus() {
+        let mut paths = HashSet::new();
+        let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/butane");
+        for entry in fs::read_dir(corpus).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                let source = fs::read_to_string(&path).unwrap();
+                collect(
+                    &text::parse_yaml(&source, &mut Report::default()).unwrap(),
+                    "",
+                    &mut paths,
+                );
+            }
+        }
+        let mut out = Vec::new();
+        missing(FCOS, "", &paths, &mut out);
+        assert_eq!(out, Vec::<String>::new());
+    }
+}

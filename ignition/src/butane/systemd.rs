@@ -29,7 +29,11 @@ fn contents(map: &mut Map, place: &Place<'_>, local: &mut Local<'_>, report: &mu
     let Some(file) = map.remove(LOCAL) else { return };
     let place = place.key(LOCAL);
     if map.get("contents").is_some() {
-        report.error(&file, &place, "one of contents and contents_local is expected, not both");
+        report.error(
+            &file,
+            &place,
+            "one of contents and contents_local is expected, not both",
+        );
     } else if file.as_text().is_some_and(|path| !path.is_empty()) {
         if let Some(text) = local.read_text(&file, &place, report) {
             map.insert("contents", Node::at(file.position, text));

@@ -115,7 +115,9 @@ impl Planter<'_, '_> {
         }
         let bytes = self.local.contents(source)?;
         let at = tree.position;
-        let Some(file) = self.find(FILES, &path) else { return Ok(()) };
+        let Some(file) = self.find(FILES, &path) else {
+            return Ok(());
+        };
         let contents = file.map_mut("contents");
         let compressed_already = contents
             .get("compression")
@@ -138,7 +140,12 @@ impl Planter<'_, '_> {
     fn link(&mut self, tree: &Node, path: String, target: String) -> Result<(), String> {
         let at = tree.position;
         let link = match self.find(LINKS, &path) {
-            Some(link) if link.get("target").and_then(Node::as_text).is_some_and(|text| !text.is_empty()) => {
+            Some(link)
+                if link
+                    .get("target")
+                    .and_then(Node::as_text)
+                    .is_some_and(|text| !text.is_empty()) =>
+            {
                 return Err(taken(&path));
             }
             Some(_) => self.find(LINKS, &path).ok_or_else(|| taken(&path))?,
