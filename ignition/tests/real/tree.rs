@@ -133,7 +133,6 @@ fn run_stage(place: &Path, programs: &Path, stage: &str) -> Result<(), String> {
     let told: Vec<_> = log.lines().filter(|line| line.starts_with("CRITICAL")).collect();
     Err(if told.is_empty() { log } else { told.join("\n") })
 }
-}
 
 /// A root with what `ignition` and the programs that it calls need, and the users of a Container Linux.
 fn lay_root(root: &Path) {
