@@ -17,7 +17,7 @@ use crate::accel::AccelerationChoice;
 pub const DEFAULT_PATH: &str = "/etc/coreos-kvm/config.toml";
 
 /// The annotations of a pod that exist, without their prefix `coreos-kvm.io/`.
-pub const ANNOTATIONS: [&str; 5] = ["config-inline", "guest", "kernel-args", "memory", "vcpus"];
+pub const ANNOTATIONS: [&str; 6] = ["config", "config-inline", "guest", "kernel-args", "memory", "vcpus"];
 
 /// Processors that one machine may be given at most, whatever the file says (QEMU's q35 takes 288).
 const VCPUS: RangeInclusive<u64> = 1..=256;
@@ -37,6 +37,8 @@ pub struct Config {
     pub agent_disk: PathBuf,
     /// Directory in which each running machine has its folder.
     pub state_dir: PathBuf,
+    /// The kubelet's own directory, where the volumes of pods are.
+    pub kubelet_dir: PathBuf,
     /// QEMU, as a path or a name on PATH. The same holds for the other two programs.
     pub qemu: PathBuf,
     pub virtiofsd: PathBuf,
@@ -108,6 +110,7 @@ impl Default for Config {
             guest: "reference".to_owned(),
             agent_disk: "/var/lib/coreos-kvm/agent.erofs".into(),
             state_dir: "/run/coreos-kvm".into(),
+            kubelet_dir: "/var/lib/kubelet".into(),
             qemu: "qemu-system-x86_64".into(),
             virtiofsd: "virtiofsd".into(),
             vhost_device_vsock: "vhost-device-vsock".into(),
@@ -118,7 +121,7 @@ impl Default for Config {
             max_memory_mib: 65536,
             guest_memory_overhead_mib: 256,
             boot_timeout: Duration::from_secs(120),
-            annotations: ["config-inline", "guest", "memory", "vcpus"]
+            annotations: ["config", "config-inline", "guest", "memory", "vcpus"]
                 .map(str::to_owned)
                 .to_vec(),
             vm_uids: 2_000_000..2_004_096,
@@ -202,6 +205,7 @@ struct Keys {
     guest: Option<Spanned<String>>,
     agent_disk: Option<Spanned<PathBuf>>,
     state_dir: Option<Spanned<PathBuf>>,
+    kubelet_dir: Option<Spanned<PathBuf>>,
     qemu: Option<Spanned<PathBuf>>,
     virtiofsd: Option<Spanned<PathBuf>>,
     vhost_device_vsock: Option<Spanned<PathBuf>>,
@@ -225,6 +229,7 @@ impl Keys {
         set(&mut config.guest, "guest", self.guest, |name| folder_name(name))?;
         set(&mut config.agent_disk, "agent_disk", self.agent_disk, absolute)?;
         set(&mut config.state_dir, "state_dir", self.state_dir, absolute)?;
+        set(&mut config.kubelet_dir, "kubelet_dir", self.kubelet_dir, absolute)?;
         set(&mut config.qemu, "qemu", self.qemu, program)?;
         set(&mut config.virtiofsd, "virtiofsd", self.virtiofsd, program)?;
         set(
@@ -373,7 +378,7 @@ mod tests {
             })
             .fold(String::new(), |text, line| text + line + "\n");
         let table: toml::Table = toml::from_str(&spoken).unwrap();
-        assert_eq!(table.len(), 18, "{table:?}");
+        assert_eq!(table.len(), 19, "{table:?}");
         assert_eq!(
             Config::parse(&spoken).map_err(|problem| problem.problem).ok(),
             Some(Config::default())
@@ -399,7 +404,7 @@ mod tests {
     )]
     #[case::unknown_annotation(
         "annotations = [\n \"guest\",\n \"root\"]",
-        "config.toml:3: annotations has \"root\"; allowed are \"config-inline\", \"guest\", \"kernel-args\", \"memory\", \"vcpus\""
+        "config.toml:3: annotations has \"root\"; allowed are \"config\", \"config-inline\", \"guest\", \"kernel-args\", \"memory\", \"vcpus\""
     )]
     #[case::guest_outside_its_directory("guest = \"../x\"", "config.toml:1: guest \"../x\" cannot name a guest")]
     #[case::no_toml("guest = ", "config.toml:1: ")]

@@ -56,8 +56,10 @@ pub struct Machine {
     pub memory_mib: u64,
     /// How QEMU is to run the guest's instructions.
     pub acceleration: AccelerationChoice,
-    /// The user's raw Ignition configuration, not yet merged with what the agent needs.
-    pub ignition: Option<String>,
+    /// The user's configuration, in whatever language, not yet merged with what the agent needs.
+    pub configuration: Option<Configuration>,
+    /// The name by which others know the machine, where it has one: a configuration may refer to it.
+    pub hostname: Option<String>,
     /// Further kernel arguments, after the guest's own.
     pub kernel_args: Vec<String>,
     /// How the guest is on the network.
@@ -68,6 +70,22 @@ pub struct Machine {
     pub cgroup: Option<PathBuf>,
     /// Longest time from QEMU's start to the agent's greeting.
     pub boot_timeout: Duration,
+}
+
+/// A configuration as a user wrote it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Configuration {
+    /// What is to be looked at when something is wrong with it: a file, an annotation.
+    pub origin: String,
+    /// Ignition, Butane, a Container Linux Config, a cloud-config or a script; its content tells.
+    pub text: String,
+}
+
+/// Without the text, which may hold secrets.
+impl fmt::Debug for Configuration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Configuration({}, {} bytes)", self.origin, self.text.len())
+    }
 }
 
 /// A machine that cannot be.
@@ -213,7 +231,8 @@ pub(crate) mod tests {
             vcpus: 1,
             memory_mib: 512,
             acceleration: AccelerationChoice::Auto,
-            ignition: None,
+            configuration: None,
+            hostname: None,
             kernel_args: Vec::new(),
             network: Network::None,
             disk: None,

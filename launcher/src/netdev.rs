@@ -9,6 +9,7 @@ use std::{
     fs::File,
     future::Future,
     io,
+    net::IpAddr,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -19,7 +20,7 @@ use rtnetlink::{Handle, LinkUnspec, packet_core::ErrorMessage, packet_route::tc:
 
 use crate::{
     forward,
-    machine::PortRedirect,
+    machine::{Network, PortRedirect},
     qemu::arguments::{USER_MAC, USER_MTU},
 };
 
@@ -133,6 +134,23 @@ pub fn user_configuration() -> ConfigureNetworkRequest {
         }],
         ..Default::default()
     }
+}
+
+/// The addresses by which the guest will be reached, as far as they are known before it boots: the first of each family.
+///
+/// # Errors
+/// When the network namespace is gone or cannot be read.
+pub async fn addresses(network: &Network) -> Result<Vec<IpAddr>, NetdevError> {
+    let all = match network {
+        Network::None => Vec::new(),
+        Network::User { .. } => vec![forward::GUEST.into()],
+        Network::Tap { netns, .. } => {
+            inside(netns, async |handle| Ok(observe::observe(&handle).await?.addresses())).await?
+        }
+    };
+    let v4 = all.iter().find(|address| address.is_ipv4());
+    let v6 = all.iter().find(|address| address.is_ipv6());
+    Ok(v4.into_iter().chain(v6).copied().collect())
 }
 
 /// Undoes [`attach`], wholly or partly done, as far as it outlives the taps' descriptors. A namespace that is gone is no error.

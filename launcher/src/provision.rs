@@ -1,21 +1,22 @@
-//! What the guest is told at its first boot: the user's Ignition configuration, merged with the two units that bring the
+//! What the guest is told at its first boot: the user's configuration as Ignition, merged with the two units that bring the
 //! agent up. The guest itself has no agent: it comes on a read-only disk, found by its serial number.
 
-use coreos_kvm_ignition::{Config, Report, merge, v3::Version};
-use coreos_kvm_proto::AGENT_DISK_SERIAL;
-use serde_json::json;
+mod metadata;
 
-use crate::machine::Machine;
+use std::net::IpAddr;
+
+use coreos_kvm_ignition::{Config, Options, Platform, Report, Version, report::Severity, transpile};
+use coreos_kvm_proto::AGENT_DISK_SERIAL;
+use serde_json::{Value, json};
+
+use crate::machine::{Configuration, Machine};
+use metadata::Metadata;
 
 /// Where the agent's disk is mounted in the guest.
 const AGENT_MOUNT: &str = "/run/coreos-kvm/agent";
 /// systemd.mount(5): a mount unit is named by its path, escaped as systemd-escape(1) says.
 const MOUNT_UNIT: &str = r"run-coreos\x2dkvm-agent.mount";
 const SERVICE_UNIT: &str = "coreos-kvm-agent.service";
-
-/// The merged configuration is read by the guest through fw_cfg in small pieces, at growing cost; beyond this it takes
-/// longer than anybody waits. In bytes.
-const CONFIGURATION_MAX: usize = 1024 * 1024;
 
 fn mount_unit() -> String {
     format!(
@@ -65,76 +66,114 @@ fn service_unit() -> String {
 /// A user's configuration that cannot be given to the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum ProvisionError {
-    #[error("the Ignition configuration is wrong: {0}")]
-    User(Report),
+    #[error("{origin}: {}", one_line(report))]
+    User { origin: String, report: Report },
     #[error(
-        "the Ignition configuration cannot be given to the guest {guest:?}, which takes the versions {accepted}: {report}"
+        "{origin} cannot be given to the guest {guest:?}, which takes Ignition {accepted}: {}",
+        one_line(report)
     )]
     Guest {
+        origin: String,
         guest: String,
         accepted: String,
-        report: Box<Report>,
+        report: Report,
     },
-    #[error("the Ignition configuration cannot be merged with what the guest needs for its agent: {0}")]
-    Merge(Report),
     #[error(
-        "the Ignition configuration has {size} bytes with what the guest needs added; at most {CONFIGURATION_MAX} are possible"
+        "{origin} cannot be merged with what the guest needs for its agent: {}",
+        one_line(report)
     )]
-    Size { size: usize },
-    #[error("guest.toml of the guest {guest:?} names a version of Ignition that there is not: {report}")]
-    Description { guest: String, report: Box<Report> },
+    Merge { origin: String, report: Report },
+    #[error("{origin} refers to the machine's {what}, and this machine has none")]
+    Unknown { origin: String, what: &'static str },
+    #[error(
+        "guest.toml of the guest {guest:?} names a version of Ignition that there is not: {}",
+        one_line(report)
+    )]
+    Description { guest: String, report: Report },
 }
 
-/// The configuration that the guest of `machine` boots with, as JSON.
+/// Reports have a line for each thing; errors and events are one line.
+fn one_line(report: &Report) -> String {
+    let entries = report.entries().iter();
+    let errors: Vec<String> = entries
+        .filter(|entry| entry.severity == Severity::Error)
+        .map(ToString::to_string)
+        .collect();
+    errors.join("; ")
+}
+
+/// The configuration that the guest of `machine` boots with, as JSON. `addresses` are those that it will be reached by.
 ///
 /// # Errors
-/// When the user's configuration is wrong, needs what the guest does not know, or is too long.
-pub fn provision(machine: &Machine) -> Result<String, ProvisionError> {
-    let guest = &machine.guest;
-    let accepted: Vec<Version> = guest
-        .ignition_versions
-        .iter()
-        .map(|version| version.parse())
-        .collect::<Result<_, Report>>()
-        .map_err(|report| ProvisionError::Description {
-            guest: guest.name.clone(),
-            report: Box::new(report),
-        })?;
-    let for_guest = |config: &Config| {
-        config.for_guest(&accepted).map_err(|report| ProvisionError::Guest {
-            guest: guest.name.clone(),
-            accepted: guest.ignition_versions.join(", "),
-            report: Box::new(report),
-        })
+/// When the user's configuration is wrong, needs what the guest does not know, or what is not known of the machine.
+pub fn provision(machine: &Machine, addresses: &[IpAddr]) -> Result<String, ProvisionError> {
+    let accepted = accepted(machine)?;
+    let Some(Configuration { origin, text }) = &machine.configuration else {
+        let newest = accepted.iter().map(|version| version.major()).max();
+        return Ok(ours(newest.unwrap_or(3))?.to_json());
     };
-    // What is ours is in the oldest version of the specification, and hence in any.
-    let ours = for_guest(&Config::parse(&ours()).map_err(ProvisionError::Merge)?)?;
-    let merged = match &machine.ignition {
-        None => ours,
-        Some(text) => {
-            let user = Config::parse(text).map_err(ProvisionError::User)?;
-            for key in user.unknown_keys() {
-                tracing::warn!(machine = %machine.id, key, "the Ignition configuration has a key that Ignition does not know");
-            }
-            merge(&for_guest(&user)?, &ours).map_err(ProvisionError::Merge)?
-        }
+    let metadata = Metadata::of(machine, addresses);
+    let options = Options {
+        platform: Some(Platform::Custom),
+        addresses: metadata.for_cloud_config(),
+        ..Options::default()
     };
-    let json = merged.to_json();
-    if json.len() > CONFIGURATION_MAX {
-        return Err(ProvisionError::Size { size: json.len() });
+    let transpiled = transpile(text, &options).map_err(|report| ProvisionError::User {
+        origin: origin.clone(),
+        report,
+    })?;
+    for entry in transpiled.report.entries() {
+        tracing::warn!(machine = %machine.id, configuration = origin, "{}: {entry}", entry.severity);
     }
-    Ok(json)
+    let user = transpiled
+        .config
+        .for_guest(&accepted)
+        .map_err(|report| ProvisionError::Guest {
+            origin: origin.clone(),
+            guest: machine.guest.name.clone(),
+            accepted: machine.guest.ignition_versions.join(", "),
+            report,
+        })?;
+    let mut ours = ours(user.version().major())?;
+    let merging = |report| ProvisionError::Merge {
+        origin: origin.clone(),
+        report,
+    };
+    if let Some(unit) = metadata.unit(&user, origin)? {
+        ours = ours.merge(&built_in(&unit)?).map_err(merging)?;
+    }
+    Ok(user.merge(&ours).map_err(merging)?.to_json())
 }
 
-fn ours() -> String {
-    let config = json!({
-        "ignition": { "version": "3.0.0" },
+fn accepted(machine: &Machine) -> Result<Vec<Version>, ProvisionError> {
+    let versions = machine.guest.ignition_versions.iter().map(|version| version.parse());
+    versions
+        .collect::<Result<_, Report>>()
+        .map_err(|report| ProvisionError::Description {
+            guest: machine.guest.name.clone(),
+            report,
+        })
+}
+
+/// What is ours, in the first version of the major, which any later one takes.
+fn ours(major: u8) -> Result<Config, ProvisionError> {
+    let enabled = if major == 2 { "enable" } else { "enabled" };
+    built_in(&json!({
+        "ignition": { "version": format!("{major}.0.0") },
         "systemd": { "units": [
             { "name": MOUNT_UNIT, "mask": false, "contents": mount_unit() },
-            { "name": SERVICE_UNIT, "mask": false, "enabled": true, "contents": service_unit() },
+            { "name": SERVICE_UNIT, "mask": false, enabled: true, "contents": service_unit() },
         ] },
+    }))
+}
+
+/// A configuration of our own making.
+fn built_in(config: &Value) -> Result<Config, ProvisionError> {
+    let parsed = Config::parse(&config.to_string()).map_err(|report| ProvisionError::Merge {
+        origin: "the launcher's own configuration".to_owned(),
+        report,
     });
-    config.to_string()
+    Ok(parsed?.0)
 }
 
 #[cfg(test)]
@@ -145,11 +184,18 @@ mod tests {
     use crate::machine::tests::machine;
 
     fn provisioned(ignition: Option<&str>) -> Result<Value, String> {
-        let machine = Machine {
-            ignition: ignition.map(str::to_owned),
-            ..machine()
-        };
-        let json = provision(&machine).map_err(|error| error.to_string())?;
+        provisioned_for(&["3.0.0", "3.1.0", "3.2.0", "3.3.0"], ignition)
+    }
+
+    fn provisioned_for(accepted: &[&str], text: Option<&str>) -> Result<Value, String> {
+        let mut machine = machine();
+        machine.guest.ignition_versions = accepted.iter().map(ToString::to_string).collect();
+        machine.hostname = Some("web-0".to_owned());
+        machine.configuration = text.map(|text| Configuration {
+            origin: "configmap/os/config".to_owned(),
+            text: text.to_owned(),
+        });
+        let json = provision(&machine, &["10.1.2.3".parse().unwrap()]).map_err(|error| error.to_string())?;
         Ok(serde_json::from_str(&json).unwrap())
     }
 
@@ -195,10 +241,49 @@ mod tests {
     }
 
     #[rstest::rstest]
-    #[case("{\n  \"ignition\": {]", "the Ignition configuration is wrong: line 2, column 16")]
-    #[case(r#"{"ignition": {"version": "2.3.0"}}"#, "2.3.0")]
+    #[case("{\n  \"ignition\": {]", "configmap/os/config: line 2, column 16")]
+    #[case(
+        "storage:\n  files:\n    - path: relative\n      filesystem: root\n",
+        "configmap/os/config: line 3, column 13: storage.files.0.path: "
+    )]
     fn a_wrong_configuration_is_told_with_its_place(#[case] text: &str, #[case] expected: &str) {
         let error = provisioned(Some(text)).unwrap_err();
         assert!(error.contains(expected), "{error}");
+    }
+
+    const ETCD: &str =
+        "etcd:\n  version: 3.3.1\n  name: '{HOSTNAME}'\n  advertise_client_urls: http://{PRIVATE_IPV4}:2379\n";
+
+    #[rstest::rstest]
+    #[case(&["3.3.0"], "3.3.0")]
+    #[case(&["2.1.0", "2.2.0", "2.3.0"], "2.")]
+    fn a_container_linux_config_gets_what_is_known_of_the_machine(#[case] accepted: &[&str], #[case] version: &str) {
+        let config = provisioned_for(accepted, Some(ETCD)).unwrap();
+        assert!(config["ignition"]["version"].as_str().unwrap().starts_with(version));
+        assert!(unit(&config, SERVICE_UNIT).is_some() && unit(&config, "etcd-member.service").is_some());
+        assert!(unit(&config, "coreos-metadata.service").is_some());
+        let files = config["storage"]["files"].to_string();
+        assert!(files.contains("COREOS_CUSTOM_HOSTNAME%3Dweb-0"), "{files}");
+        assert!(files.contains("COREOS_CUSTOM_PRIVATE_IPV4%3D10.1.2.3"), "{files}");
+    }
+
+    #[test]
+    fn what_is_not_known_of_the_machine_is_told() {
+        let etcd = ETCD.replace("{PRIVATE_IPV4}", "[{PRIVATE_IPV6}]");
+        let error = provisioned(Some(&etcd)).unwrap_err();
+        assert!(
+            error.contains("configmap/os/config refers to the machine's IPv6 address"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn butane_and_cloud_config_are_taken_too() {
+        let butane = "variant: fcos\nversion: 1.4.0\nstorage:\n  files:\n    - path: /etc/motd\n      contents: {inline: hello}\n";
+        let config = provisioned(Some(butane)).unwrap();
+        assert_eq!(config["storage"]["files"][0]["contents"]["source"], "data:,hello");
+        let cloud = "#cloud-config\nwrite_files:\n  - path: /etc/address\n    content: $private_ipv4\n";
+        let config = provisioned(Some(cloud)).unwrap();
+        assert_eq!(config["storage"]["files"][0]["contents"]["source"], "data:,10.1.2.3");
     }
 }

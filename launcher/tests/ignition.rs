@@ -47,7 +47,7 @@ async fn files_users_and_units_of_the_configuration_are_there() {
         ] },
     });
     let machine = Machine {
-        ignition: Some(ignition.to_string()),
+        configuration: Some(common::configuration(ignition.to_string())),
         ..place.machine("ignition")
     };
     let vm = Vm::start(&place.config, machine.clone()).await.unwrap();
@@ -110,7 +110,7 @@ async fn failure(name: &str, storage: serde_json::Value) -> String {
     let place = Place::new().await;
     let ignition = json!({ "ignition": { "version": "3.3.0" }, "storage": storage });
     let machine = Machine {
-        ignition: Some(ignition.to_string()),
+        configuration: Some(common::configuration(ignition.to_string())),
         ..place.machine(name)
     };
     let begin = Instant::now();

@@ -20,7 +20,7 @@ async fn a_machine_boots_by_the_users_ignition_and_leaves_nothing_behind() {
     let ignition = r#"{"ignition": {"version": "3.3.0"}, "storage": {"files": [
         {"path": "/etc/greeting", "contents": {"source": "data:,hello%20machine"}}]}}"#;
     let machine = Machine {
-        ignition: Some(ignition.to_owned()),
+        configuration: Some(common::configuration(ignition.to_owned())),
         ..place.machine("boots")
     };
     let vm = Vm::start(&place.config, machine.clone()).await.unwrap();

@@ -50,11 +50,9 @@ impl Hypervisor for Qemu {
     async fn start(&self, config: &Config, machine: Machine) -> Result<Arc<dyn RunningMachine>, ShimError> {
         match Vm::start(config, machine).await {
             Ok(vm) => Ok(Arc::new(vm)),
-            Err(error @ VmError::Provision(_)) => Err(ShimError::InvalidArgument(format!(
-                "the pod's annotation coreos-kvm.io/config-inline: {}",
-                sentence(&error)
-            ))),
-            Err(error @ VmError::Machine(_)) => Err(ShimError::invalid(error)),
+            Err(error @ (VmError::Machine(_) | VmError::Provision(_) | VmError::Carriage(_))) => {
+                Err(ShimError::invalid(error))
+            }
             Err(error) => Err(ShimError::Internal(sentence(&error))),
         }
     }

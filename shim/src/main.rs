@@ -36,6 +36,7 @@ mod service;
 mod streams;
 #[cfg(test)]
 mod tests;
+mod volume;
 
 const USAGE: &str = "containerd starts this program; an admin names it in containerd's configuration:
   runtime_type = \"io.containerd.coreos-kvm.v2\"

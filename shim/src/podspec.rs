@@ -7,18 +7,19 @@ use coreos_kvm_launcher::{
     cgroup,
     config::{ANNOTATIONS, Config},
     guest::Guest,
-    machine::{Machine, Network},
+    machine::{Configuration, Machine, Network},
 };
 use coreos_kvm_proto::{SHARED_TAG, agent::ConfigureSandboxRequest};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
-use crate::{clock, error::ShimError};
+use crate::{clock, error::ShimError, volume::VolumeFile};
 
 /// Prefix of the annotations by which a pod describes its machine.
 const PREFIX: &str = "coreos-kvm.io/";
 /// What the CRI plugin writes; `pkg/cri/annotations` in containerd's tree.
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
 const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
@@ -76,7 +77,8 @@ pub(crate) fn machine(id: &str, spec: &Spec, config: &Config) -> Result<Machine,
             None => memory_of(spec, config)?,
         },
         acceleration: config.acceleration,
-        ignition: wishes.ignition.map(str::to_owned),
+        configuration: wishes.configuration,
+        hostname: spec.hostname().clone(),
         kernel_args: wishes.kernel_args,
         network: network(spec)?,
         disk: None,
@@ -102,7 +104,7 @@ pub(crate) fn sandbox_request(id: &str, spec: &Spec) -> ConfigureSandboxRequest 
 /// The annotations of a pod, each allowed and read.
 #[derive(Default)]
 struct Wishes<'a> {
-    ignition: Option<&'a str>,
+    configuration: Option<Configuration>,
     guest: Option<&'a str>,
     kernel_args: Vec<String>,
     memory_mib: Option<u64>,
@@ -112,6 +114,12 @@ struct Wishes<'a> {
 impl<'a> Wishes<'a> {
     fn read(spec: &'a Spec, config: &Config) -> Result<Self, ShimError> {
         let mut wishes = Self::default();
+        let both = ["config", "config-inline"].map(|name| annotation(spec, &format!("{PREFIX}{name}")));
+        if let [Some(_), Some(_)] = both {
+            return Err(ShimError::InvalidArgument(format!(
+                "the pod has two configurations, {PREFIX}config and {PREFIX}config-inline; one of them has to go"
+            )));
+        }
         for (key, value) in spec.annotations().iter().flatten() {
             let Some(name) = key.strip_prefix(PREFIX) else { continue };
             if !ANNOTATIONS.contains(&name) {
@@ -126,7 +134,13 @@ impl<'a> Wishes<'a> {
                 )));
             }
             match name {
-                "config-inline" => wishes.ignition = Some(value),
+                "config" => wishes.configuration = Some(volume_configuration(key, value, spec, config)?),
+                "config-inline" => {
+                    wishes.configuration = Some(Configuration {
+                        origin: format!("the pod's annotation {key}"),
+                        text: value.clone(),
+                    });
+                }
                 "guest" => wishes.guest = Some(value),
                 "kernel-args" => wishes.kernel_args = value.split_ascii_whitespace().map(str::to_owned).collect(),
                 "memory" => wishes.memory_mib = Some(memory(key, value, config)?),
@@ -141,6 +155,18 @@ impl<'a> Wishes<'a> {
         }
         Ok(wishes)
     }
+}
+
+/// The text of a file in one of the pod's volumes.
+fn volume_configuration(key: &str, value: &str, spec: &Spec, config: &Config) -> Result<Configuration, ShimError> {
+    let file: VolumeFile = value
+        .parse()
+        .map_err(|problem| ShimError::InvalidArgument(format!("the annotation {key}: {problem}")))?;
+    let uid = annotation(spec, SANDBOX_UID).unwrap_or_default();
+    Ok(Configuration {
+        origin: file.to_string(),
+        text: file.read(&config.kubelet_dir, uid)?,
+    })
 }
 
 fn vcpus(key: &str, value: &str, config: &Config) -> Result<u32, ShimError> {
@@ -324,10 +350,36 @@ pub(crate) mod tests {
         }))
         .unwrap();
         assert_eq!((machine.vcpus, machine.memory_mib), (2, 1024));
-        assert_eq!(machine.ignition.as_deref(), Some("{}"));
+        assert_eq!(machine.configuration.unwrap().text, "{}");
+    }
+
+    #[test]
+    fn a_configuration_comes_from_a_volume_of_the_pods_own() {
+        let root = tempfile::tempdir().unwrap();
+        let config = Config {
+            kubelet_dir: root.path().join("kubelet"),
+            ..config(root.path())
+        };
+        let volume = "kubelet/pods/a-uid/volumes/kubernetes.io~configmap/os";
+        std::fs::create_dir_all(root.path().join(volume)).unwrap();
+        std::fs::write(root.path().join(volume).join("config.yaml"), "passwd: {}").unwrap();
+        let mut annotations = json!({"coreos-kvm.io/config": "configmap/os/config.yaml", SANDBOX_UID: "a-uid"});
+        let found = machine("abc", &spec(annotations.clone()), &config)
+            .unwrap()
+            .configuration
+            .unwrap();
+        assert_eq!(
+            (found.origin.as_str(), found.text.as_str()),
+            ("configmap/os/config.yaml", "passwd: {}")
+        );
+        annotations["coreos-kvm.io/config-inline"] = json!("{}");
+        let error = machine("abc", &spec(annotations), &config).unwrap_err().to_string();
+        assert!(error.contains("two configurations"), "{error}");
     }
 
     #[rstest]
+    #[case("coreos-kvm.io/config", "configmap/os", &["coreos-kvm.io/config", "configmap/<volume>/<key>"])]
+    #[case("coreos-kvm.io/config", "configmap/os/key", &["configmap/os/key", "no uid"])]
     #[case("coreos-kvm.io/vcpu", "2", &["coreos-kvm.io/vcpu", "vcpus", "config-inline"])]
     #[case("coreos-kvm.io/kernel-args", "single", &["kernel-args", "config.toml"])]
     #[case("coreos-kvm.io/vcpus", "33", &["\"33\"", "1 to 32"])]

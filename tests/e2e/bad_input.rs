@@ -64,6 +64,29 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
             &["config-inline", "9.9.0", "3.6.0"],
         ),
         annotated(
+            "a mistake in Butane, with its place",
+            &[(
+                CONFIG_INLINE,
+                "variant: fcos\nversion: 1.4.0\nstorage:\n  files:\n    - path: relative\n",
+            )],
+            &["config-inline", "line 5", "storage.files.0.path"],
+        ),
+        annotated(
+            "a configuration in a volume that the pod does not have",
+            &[("coreos-kvm.io/config", "configmap/none/config.yaml")],
+            &["configmap/none/config.yaml", "no configmap volume"],
+        ),
+        annotated(
+            "a configuration that is in no volume",
+            &[("coreos-kvm.io/config", "secret/../../shadow")],
+            &["coreos-kvm.io/config", "configmap/<volume>/<key>"],
+        ),
+        annotated(
+            "two configurations",
+            &[("coreos-kvm.io/config", "configmap/os/key"), (CONFIG_INLINE, "{}")],
+            &["coreos-kvm.io/config-inline", "two configurations"],
+        ),
+        annotated(
             "a guest that is not installed",
             &[("coreos-kvm.io/guest", "nonesuch")],
             &["nonesuch", "reference"],

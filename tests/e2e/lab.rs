@@ -14,21 +14,44 @@ use libtest_mimic::{Failed, Trial};
 
 /// Annotation with an Ignition configuration.
 pub(crate) const CONFIG_INLINE: &str = "coreos-kvm.io/config-inline";
-/// The file that the shared pod's Ignition configuration writes, and its content.
+/// Annotation that names a configuration in a volume.
+const CONFIG_FROM: &str = "coreos-kvm.io/config";
+/// The file that the shared pod's configuration writes, and its content.
 pub(crate) const IGNITED_FILE: (&str, &str) = ("/etc/ignited", "written by Ignition");
-/// The unit that it adds; it writes to [`IGNITED_UNIT_FILE`] once it runs.
+/// The user that it makes, and the user's groups.
+pub(crate) const IGNITED_USER: (&str, &str) = ("ignited", "ignited docker");
+/// The unit that it adds; it writes to [`IGNITED_UNIT_FILE`] once it runs: the machine's name and address, as the launcher knew
+/// them before the machine was.
 pub(crate) const IGNITED_UNIT: &str = "ignited.service";
 pub(crate) const IGNITED_UNIT_FILE: &str = "/run/ignited";
-const CONFIG: &str = r#"{
-  "ignition": { "version": "3.3.0" },
-  "storage": { "files": [{
-    "path": "/etc/ignited", "mode": 420, "contents": { "source": "data:,written%20by%20Ignition" }
-  }] },
-  "systemd": { "units": [{
-    "name": "ignited.service", "enabled": true,
-    "contents": "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/sh -c 'echo started > /run/ignited'\n[Install]\nWantedBy=multi-user.target\n"
-  }] }
-}"#;
+/// A Container Linux Config, as somebody puts it into a ConfigMap.
+const CONFIG: &str = r#"
+passwd:
+  users:
+    - name: ignited
+      groups: [docker]
+storage:
+  files:
+    - path: /etc/ignited
+      filesystem: root
+      mode: 0644
+      contents: {inline: written by Ignition}
+systemd:
+  units:
+    - name: ignited.service
+      enabled: true
+      contents: |
+        [Unit]
+        Requires=coreos-metadata.service
+        After=coreos-metadata.service
+        [Service]
+        Type=oneshot
+        RemainAfterExit=yes
+        EnvironmentFile=/run/metadata/coreos
+        ExecStart=/bin/sh -c 'echo $COREOS_CUSTOM_HOSTNAME $COREOS_CUSTOM_PRIVATE_IPV4 > /run/ignited'
+        [Install]
+        WantedBy=multi-user.target
+"#;
 
 /// One node, started when the first trial needs it.
 pub(crate) struct Lab {
@@ -156,13 +179,15 @@ impl Started {
     fn shared(&self, place: &Place) -> Result<Arc<SharedPod>> {
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         let outcome = shared.get_or_insert_with(|| {
-            let pod = Pod::new(place, "shared")
-                .host_port(8080, 18080)
-                .annotation(CONFIG_INLINE, CONFIG);
-            match self.cri.run_pod(&pod, COREOS_KVM) {
-                Ok(id) => Ok(Arc::new(SharedPod { pod, id })),
-                Err(error) => Err(format!("the shared pod did not start: {}", message(&error))),
-            }
+            let start = || {
+                let pod = Pod::new(place, "shared")
+                    .host_port(8080, 18080)
+                    .annotation(CONFIG_FROM, "configmap/os/config.yaml");
+                pod.config_map(place, "os", "config.yaml", CONFIG)?;
+                let id = self.cri.run_pod(&pod, COREOS_KVM)?;
+                anyhow::Ok(Arc::new(SharedPod { pod, id }))
+            };
+            start().map_err(|error| format!("the shared pod did not start: {}", message(&error)))
         });
         outcome.clone().map_err(|error| anyhow!(error))
     }

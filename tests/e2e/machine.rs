@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use k8s_cri::v1::PodSandboxState;
 use libtest_mimic::Trial;
 
-use crate::lab::{IGNITED_FILE, IGNITED_UNIT, IGNITED_UNIT_FILE, Lab, Together, eventually};
+use crate::lab::{IGNITED_FILE, IGNITED_UNIT, IGNITED_UNIT_FILE, IGNITED_USER, Lab, Together, eventually};
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     vec![
@@ -17,7 +17,10 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
             "a container does not see the guest's own files and processes",
             own_namespaces,
         ),
-        lab.trial("Ignition's file and unit are in the guest", ignition),
+        lab.trial(
+            "a Container Linux Config in a ConfigMap makes its user, its file and its unit in the guest",
+            configuration,
+        ),
         lab.trial("the pod is ready and has an address", pod_status),
     ]
 }
@@ -51,11 +54,14 @@ fn own_namespaces(lab: &Together<'_>) -> Result<()> {
     Ok(())
 }
 
-fn ignition(lab: &Together<'_>) -> Result<()> {
+fn configuration(lab: &Together<'_>) -> Result<()> {
     let shared = lab.shared()?;
     let (path, content) = IGNITED_FILE;
     let found = lab.in_guest(&shared.id, &["cat", path])?;
     ensure!(found.trim() == content, "{path} has {found:?}");
+    let (user, groups) = IGNITED_USER;
+    let found = lab.in_guest(&shared.id, &["id", "-Gn", user])?;
+    ensure!(found.trim() == groups, "the user {user} is in the groups {found:?}");
     // systemd starts it when the pod may already be ready.
     eventually(Duration::from_secs(30), || {
         let state = lab.in_guest(&shared.id, &["systemctl", "is-active", IGNITED_UNIT])?;
@@ -63,7 +69,11 @@ fn ignition(lab: &Together<'_>) -> Result<()> {
         Ok(())
     })?;
     let found = lab.in_guest(&shared.id, &["cat", IGNITED_UNIT_FILE])?;
-    ensure!(found == "started\n", "{IGNITED_UNIT_FILE} has {found:?}");
+    let address = lab.pod_address(&shared.id)?;
+    ensure!(
+        found == format!("shared {address}\n"),
+        "{IGNITED_UNIT_FILE} has {found:?}, and the pod's address is {address}"
+    );
     Ok(())
 }
 

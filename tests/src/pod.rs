@@ -1,8 +1,11 @@
 //! Pods and containers as a kubelet would ask for them.
 
+use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use anyhow::{Context as _, Result};
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, DnsConfig, ImageSpec, KeyValue, LinuxContainerConfig, LinuxContainerResources,
     LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode,
@@ -68,6 +71,21 @@ impl Pod {
             ..PortMapping::default()
         });
         self
+    }
+
+    /// A ConfigMap volume of the pod with one key, laid out as the kubelet does it.
+    pub fn config_map(&self, place: &Place, volume: &str, key: &str, text: &str) -> Result<()> {
+        let uid = self.config.metadata.as_ref().map(|metadata| metadata.uid.as_str());
+        let pod = place.kubelet().join("pods").join(uid.unwrap_or_default());
+        let volume = pod.join("volumes/kubernetes.io~configmap").join(volume);
+        let version = "..2026_01_01_00_00_00.1";
+        let lay_out = || {
+            fs::create_dir_all(volume.join(version))?;
+            fs::write(volume.join(version).join(key), text)?;
+            symlink(version, volume.join("..data"))?;
+            symlink(Path::new("..data").join(key), volume.join(key))
+        };
+        lay_out().with_context(|| format!("laying out the volume {}", volume.display()))
     }
 
     pub fn log_directory(&self) -> &Path {

@@ -35,6 +35,13 @@ pub(super) struct Observed {
 }
 
 impl Observed {
+    /// The addresses of all interfaces, in their order.
+    pub(super) fn addresses(&self) -> Vec<IpAddr> {
+        let all = self.links.iter().flat_map(|link| &link.addresses);
+        all.filter_map(|address| address.split('/').next()?.parse().ok())
+            .collect()
+    }
+
     pub(super) fn configuration(self, redirects: &[PortRedirect]) -> agent::ConfigureNetworkRequest {
         let interface = |link: Link| agent::Interface {
             name: link.name,

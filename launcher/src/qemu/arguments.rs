@@ -281,7 +281,12 @@ fn own_file(descriptor: RawFd) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{disk::Disk, guest::DiskFormat, machine::tests::machine, size::Size};
+    use crate::{
+        disk::Disk,
+        guest::DiskFormat,
+        machine::{Configuration, tests::machine},
+        size::Size,
+    };
 
     fn descriptors() -> Descriptors {
         Descriptors {
@@ -406,7 +411,10 @@ mod tests {
     #[test]
     fn the_configuration_is_not_in_the_arguments() {
         let machine = Machine {
-            ignition: Some("{\"secret\": true}".to_owned()),
+            configuration: Some(Configuration {
+                origin: "a test".to_owned(),
+                text: "{\"secret\": true}".to_owned(),
+            }),
             ..machine()
         };
         assert!(!lines(&machine, Acceleration::Tcg, &descriptors()).contains("secret"));

@@ -17,7 +17,7 @@ use coreos_kvm_launcher::{
     agent::{AgentClient, ProcessName},
     config::Config,
     guest::Guest,
-    machine::{Machine, Network},
+    machine::{Configuration, Machine, Network},
     state::StateDir,
 };
 use coreos_kvm_proto::{GUEST_CONTAINER_ID, agent::Streams};
@@ -41,6 +41,13 @@ pub fn present(variable: &str, default: PathBuf, advice: &str) -> PathBuf {
 
 pub mod container;
 pub mod spec;
+
+pub fn configuration(text: String) -> Configuration {
+    Configuration {
+        origin: "the test's configuration".to_owned(),
+        text,
+    }
+}
 
 /// One machine at a time: each has a processor for itself while it boots.
 static TURN: Mutex<()> = Mutex::const_new(());
@@ -80,7 +87,8 @@ impl Place {
             vcpus: 1,
             memory_mib: 512,
             acceleration: AccelerationChoice::Auto,
-            ignition: None,
+            configuration: None,
+            hostname: None,
             kernel_args: Vec::new(),
             network: Network::None,
             disk: None,

@@ -52,6 +52,7 @@ impl Handler {
         let text = |path: PathBuf| format!("{:?}", path.display().to_string());
         let mut settings = BTreeMap::from([
             ("guests_dir".to_owned(), text(place.guests())),
+            ("kubelet_dir".to_owned(), text(place.kubelet())),
             ("agent_disk".to_owned(), text(artifacts::agent_disk()?)),
             ("virtiofsd".to_owned(), text(artifacts::tool("virtiofsd")?)),
             (

@@ -91,6 +91,11 @@ impl Place {
         self.base.join("guests")
     }
 
+    /// The kubelet's directory, with the volumes of the pods.
+    pub fn kubelet(&self) -> PathBuf {
+        self.base.join("kubelet")
+    }
+
     /// The parent of the pods' cgroups, as a kubelet would name it.
     pub fn cgroup_parent(&self) -> String {
         format!("/kubeception-{}", self.name)

@@ -3,11 +3,16 @@
 mod check;
 mod console;
 mod exec;
-
+mod local_files;
+mod output;
 mod ps;
 mod run;
+mod transpile;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -15,7 +20,7 @@ use coreos_kvm_launcher::config::Config;
 
 /// Container Linux machines on this node.
 #[derive(Parser)]
-#[command(name = "coreos-kvm", version, about)]
+#[command(name = "coreos-kvm", version, propagate_version = true, about)]
 struct Arguments {
     /// The configuration; left out, it is /etc/coreos-kvm/config.toml, or the defaults where there is none.
     #[arg(long, global = true, value_name = "FILE")]
@@ -26,6 +31,15 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    #[command(flatten)]
+    Node(NodeCommand),
+    /// Translates a configuration (Butane, Container Linux Config, cloud-config, Ignition) into Ignition.
+    Transpile(transpile::Transpile),
+}
+
+/// What is about this node, as its configuration describes it.
+#[derive(Subcommand)]
+enum NodeCommand {
     /// Says whether this node can run machines, and how. Exit code 1: it cannot.
     Check,
     /// Lists the machines of this node.
@@ -49,8 +63,15 @@ fn main() -> ExitCode {
 }
 
 fn start() -> anyhow::Result<ExitCode> {
-    let arguments = Arguments::parse();
-    let config = Config::load_or_default(arguments.config.as_deref())?;
+    let arguments = Arguments::parse_from(transpile::command_line(std::env::args_os()));
+    match arguments.command {
+        Command::Transpile(transpile) => transpile.run(),
+        Command::Node(command) => on_node(command, arguments.config.as_deref()),
+    }
+}
+
+fn on_node(command: NodeCommand, path: Option<&Path>) -> anyhow::Result<ExitCode> {
+    let config = Config::load_or_default(path)?;
     let filter = std::env::var("COREOS_KVM_LOG").unwrap_or_else(|_| "warn".to_owned());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -61,12 +82,12 @@ fn start() -> anyhow::Result<ExitCode> {
         .build()
         .context("starting the async runtime")?;
     let code = runtime.block_on(async {
-        match arguments.command {
-            Command::Check => check::check(&config, arguments.config.as_deref()).await,
-            Command::Ps(ps) => ps.run(&config),
-            Command::Console(console) => console.run(&config).await,
-            Command::Exec(exec) => exec.run(&config).await,
-            Command::Run(run) => run.run(&config).await,
+        match command {
+            NodeCommand::Check => check::check(&config, path).await,
+            NodeCommand::Ps(ps) => ps.run(&config),
+            NodeCommand::Console(console) => console.run(&config).await,
+            NodeCommand::Exec(exec) => exec.run(&config).await,
+            NodeCommand::Run(run) => run.run(&config).await,
         }
     });
     // A thread that reads stdin cannot be interrupted, and nothing it could still read matters.

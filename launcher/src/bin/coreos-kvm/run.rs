@@ -14,7 +14,7 @@ use coreos_kvm_launcher::{
     disk::{Disk, Storage},
     forward,
     guest::Guest,
-    machine::{Machine, MachineId, Network},
+    machine::{Configuration, Machine, MachineId, Network},
     size::Size,
     vm::{self, Vm},
 };
@@ -187,7 +187,8 @@ impl Run {
             vcpus: self.vcpus.unwrap_or(config.vcpus),
             memory_mib: self.memory.mib(),
             acceleration: config.acceleration,
-            ignition: self.configuration()?,
+            configuration: self.configuration()?,
+            hostname: self.name.as_ref().map(ToString::to_string),
             kernel_args: self.kernel_args.clone(),
             network: if self.no_network {
                 Network::None
@@ -206,7 +207,7 @@ impl Run {
     }
 
     /// The text of the one configuration that is given. A variable that is set to nothing gives none.
-    fn configuration(&self) -> anyhow::Result<Option<String>> {
+    fn configuration(&self) -> anyhow::Result<Option<Configuration>> {
         let all = [
             ("CONFIG_FILE (--config-file)", &self.config_file),
             (
@@ -237,9 +238,10 @@ impl Run {
                 path.display()
             );
         }
-        let text = std::fs::read_to_string(path);
-        text.map(Some)
-            .with_context(|| format!("reading the configuration {}, as {name} has it", path.display()))
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("reading the configuration {}, as {name} has it", path.display()))?;
+        let origin = path.display().to_string();
+        Ok(Some(Configuration { origin, text }))
     }
 }
 
