@@ -1,17 +1,11 @@
 //! Ignition 2.0 to 2.4.
 
+mod append;
+mod check;
 mod shape;
+mod to_v3;
 
-use crate::{node::Node, report::Report, transpile::Translation, version::Version};
-
+pub(crate) use append::append;
+pub(crate) use check::check;
 pub(crate) use shape::LANGUAGE;
-
-pub(crate) fn check(_: &Node, _: u8, _: &mut Report) {}
-
-pub(crate) fn append(parent: &Node, _: &Node) -> Node {
-    parent.clone()
-}
-
-pub(crate) fn to_v3(root: &Node, _: &mut Report) -> Translation {
-    (Version::v3(0), root.clone())
-}
+pub(crate) use to_v3::to_v3;

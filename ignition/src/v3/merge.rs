@@ -27,10 +27,10 @@ fn fields(parent: &Node, child: &Node, fields: &[Field]) -> Node {
     for field in fields {
         let value = match (parents.get(field.name), children.get(field.name)) {
             (Some(parent), Some(child)) => Some(value(field, parent, child, children)),
-            (Some(parent), None) => match share(field.name) {
-                Some(_) => Some(list(field, parent, None, children)),
-                None => Some(parent.clone()),
-            },
+            (Some(parent), None) => Some(match field.shape {
+                Shape::List(_) => list(field, parent, None, children),
+                _ => parent.clone(),
+            }),
             (None, child) => child.cloned(),
         };
         if let Some(value) = value {
