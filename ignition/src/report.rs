@@ -132,21 +132,37 @@ impl Report {
         self.entries.dedup();
     }
 
-    /// Names the places of the entries as they are called in the user's own text: what a check found in a translation is
-    /// where the user wrote it, known by the position that translated nodes keep.
-    pub(crate) fn in_the_words_of(mut self, source: &Node) -> Self {
+    /// Names the places of the entries as they are called in the user's own text: what a check found in the `outcome` of a
+    /// translation is where the user wrote it in `source`, known by the position that translated nodes keep. A key that is
+    /// missing has none: it is named below the map that lacks it, as the user's language spells it.
+    pub(crate) fn in_the_words_of(mut self, source: &Node, outcome: &Node) -> Self {
         if self.entries.is_empty() {
             return self;
         }
-        let mut paths = HashMap::new();
-        collect(source, &mut String::new(), &mut paths);
+        let (mut theirs, mut ours) = (HashMap::new(), HashMap::new());
+        collect(source, &mut String::new(), &mut theirs);
+        collect(outcome, &mut String::new(), &mut ours);
         for entry in &mut self.entries {
-            if let Some(path) = entry.position.and_then(|position| paths.get(&position)) {
-                entry.path.clone_from(path);
-            }
+            let Some(position) = entry.position else { continue };
+            let Some(path) = theirs.get(&position) else { continue };
+            let below = ours.get(&position).and_then(|ours| entry.path.strip_prefix(ours.as_str()));
+            let below = below.filter(|below| below.starts_with('.')).map(snake_case);
+            entry.path = format!("{path}{}", below.unwrap_or_default());
         }
         self
     }
+}
+
+/// `sshAuthorizedKeys` as Butane and Container Linux Config spell it: `ssh_authorized_keys`.
+fn snake_case(path: &str) -> String {
+    let mut spelled = String::with_capacity(path.len() + 4);
+    for c in path.chars() {
+        if c.is_ascii_uppercase() {
+            spelled.push('_');
+        }
+        spelled.push(c.to_ascii_lowercase());
+    }
+    spelled
 }
 
 /// The paths of all nodes by their positions. Of nodes that begin at one place the outer one stands for all.

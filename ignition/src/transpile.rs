@@ -104,7 +104,7 @@ fn read(text: &str, options: &Options<'_>) -> Result<(Kind, Config, Report), Rep
     if !found.is_empty() {
         // Read once more rather than kept: most configurations are right.
         let source = text::parse(text, &mut Report::default()).unwrap_or_default();
-        report.append(found.in_the_words_of(&source));
+        report.append(found.in_the_words_of(&source, config.root()));
     }
     report.sort();
     Ok((kind, config, report))
