@@ -158,72 +158,92 @@ fn version_of(config: &str) -> String {
         .to_owned()
 }
 
-/// Everything on which the library and the real things disagree about the cases, each with its case's name.
-pub(crate) fn disagreements(oracle: &mut Oracle, cases: &[Case], library: &dyn Fn(&Case) -> Outcome) -> Vec<String> {
-    let real = real_outcomes(oracle, cases);
-    let ours: Vec<_> = cases.iter().map(library).collect();
-    let mut found = Vec::new();
-    for ((case, ours), real) in cases.iter().zip(&ours).zip(&real) {
-        let mut say = |what: String| found.push(format!("{}: {what}", case.name));
-        match (ours, real) {
-            (Err(_), _) if case.wrong => {
-                if real.is_ok() && !case.is_wrong_here_alone() {
-                    say("it is in `wrong`, and the real thing takes it".to_owned());
-                }
+/// What came of holding the library against the real things.
+#[derive(Debug, Default)]
+pub(crate) struct Verdict {
+    /// Everything on which they disagree, each with its case's name.
+    pub(crate) disagreements: Vec<String>,
+    /// How many configurations were judged.
+    pub(crate) cases: usize,
+    /// How many of them Ignition wrote a tree of.
+    pub(crate) trees: usize,
+}
+
+/// Holds the library against the real things on these cases.
+pub(crate) fn judge(oracle: &mut Oracle, cases: &[Case], library: &dyn Fn(&Case) -> Outcome, verdict: &mut Verdict) {
+    for (case, real) in cases.iter().zip(real_outcomes(oracle, cases)) {
+        verdict.cases += 1;
+        let ours = library(case);
+        let found = match (&ours, &real) {
+            (Err(_), Ok(_)) if case.wrong && !case.is_wrong_here_alone() => {
+                vec!["it is in `wrong`, and the real thing takes it".to_owned()]
             }
-            (Ok(_), _) if case.wrong => say("it is in `wrong`, and the library takes it".to_owned()),
-            (Err(ours), Ok(_)) => say(format!("the library refuses what the real thing takes: {ours}")),
-            (_, Err(real)) => say(format!("the real thing refuses it: {real}")),
+            (Err(_), _) if case.wrong => vec![],
+            (Ok(_), _) if case.wrong => vec!["it is in `wrong`, and the library takes it".to_owned()],
+            (_, Err(real)) => vec![format!("the real thing refuses it: {real}")],
+            (Err(ours), Ok(_)) => vec![format!("the library refuses what the real thing takes: {ours}")],
             (Ok(ours), Ok(real)) => {
-                let same_language = matches!(case.language, Language::Butane | Language::ContainerLinuxConfig);
-                let differences = if same_language {
+                let transpiled = matches!(case.language, Language::Butane | Language::ContainerLinuxConfig);
+                let mut found = if transpiled {
                     same::differences(real, ours)
                 } else {
-                    Vec::new()
+                    vec![]
                 };
-                differences.into_iter().for_each(&mut say);
-                judge_output(oracle, ours).into_iter().for_each(say);
+                match judge_output(oracle, ours) {
+                    Ok(Some(differences)) => {
+                        verdict.trees += 1;
+                        found.extend(differences);
+                    }
+                    Ok(None) => {}
+                    Err(error) => found.push(error),
+                }
+                found
             }
-        }
+        };
+        verdict
+            .disagreements
+            .extend(found.into_iter().map(|what| format!("{}: {what}", case.name)));
     }
-    found
 }
 
-/// What is wrong with an Ignition configuration that the library put out: that Ignition refuses it, or that the tree that
-/// Ignition writes is not what it says.
-pub(crate) fn judge_output(oracle: &mut Oracle, config: &str) -> Vec<String> {
-    if let Err(error) = oracle.ask(validation(config)).into_result() {
-        return vec![format!("Ignition refuses the output: {error}")];
-    }
+/// What of the tree that Ignition writes is not what the configuration says; None where no real Ignition that is here writes
+/// it: above 3.3, and of 2.x what spec 3 cannot say.
+///
+/// # Errors
+/// What Ignition has against the configuration.
+pub(crate) fn judge_output(oracle: &mut Oracle, config: &str) -> Result<Option<Vec<String>>, String> {
+    oracle
+        .ask(validation(config))
+        .into_result()
+        .map_err(|error| format!("Ignition refuses the output: {error}"))?;
     let version = version_of(config);
     if debian::KNOWN.contains(&version.as_str()) {
-        if let Err(error) = debian::validate(config) {
-            return vec![format!("ignition-validate refuses the output: {error}")];
-        }
-        return judge_tree(config);
+        debian::validate(config).map_err(|error| format!("ignition-validate refuses the output: {error}"))?;
+        return judge_tree(config).map(Some);
     }
     if !version.starts_with("2.") {
-        return Vec::new();
+        return Ok(None);
     }
-    // Where spec 3 can say the same, the real converter's output is written in its place.
+    // Where spec 3 can say the same, what the real converter makes of it is written in its place.
     match oracle.ask(Question::new(Tool::Convert2To3, config)).into_result() {
-        Ok(converted) => judge_tree(&converted),
-        Err(_) => Vec::new(),
+        Ok(converted) => judge_tree(&converted).map(Some),
+        Err(_) => Ok(None),
     }
 }
 
-fn judge_tree(config: &str) -> Vec<String> {
-    match tree::write_tree(config) {
-        Ok(tree) if is_merged(config) => expectation::differences(config, &tree),
-        Ok(tree) => expectation::differences(&without_references(&tree.merged).to_string(), &tree),
-        Err(log) => vec![format!("ignition fails: {log}")],
-    }
+fn judge_tree(config: &str) -> Result<Vec<String>, String> {
+    let tree = tree::write_tree(config).map_err(|log| format!("ignition fails: {log}"))?;
+    Ok(if refers_to_others(config) {
+        expectation::differences(&without_references(&tree.merged).to_string(), &tree)
+    } else {
+        expectation::differences(config, &tree)
+    })
 }
 
-fn is_merged(config: &str) -> bool {
+fn refers_to_others(config: &str) -> bool {
     let config: Value = serde_json::from_str(config).unwrap_or_default();
     let config = config.pointer("/ignition/config");
-    config.is_none_or(|config| config.get("merge").is_none() && config.get("replace").is_none())
+    config.is_some_and(|config| config.get("merge").is_some() || config.get("replace").is_some())
 }
 
 /// What Ignition merged still names what it merged.

@@ -11,6 +11,8 @@
 //! - [`library`]: the library that is tried
 //! - [`corpus`]: the configurations that all of it runs over
 
+#![allow(clippy::expect_used)] // a trial whose tools fail has failed
+
 mod accounts;
 mod contents;
 mod corpus;

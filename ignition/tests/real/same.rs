@@ -69,11 +69,8 @@ fn resource(mut object: Map<String, Value>) -> Value {
         .get("source")
         .and_then(Value::as_str)
         .is_some_and(|source| source.starts_with("data:"));
-    // A hash is of what the URL holds, compressed or not.
-    if is_data
-        && !object.contains_key("verification")
-        && let Ok(bytes) = contents_of(&Value::Object(object.clone()))
-    {
+    // A hash in `verification` is of what comes out of the compression.
+    if is_data && let Ok(bytes) = contents_of(&Value::Object(object.clone())) {
         object.remove("compression");
         object.insert(
             "source".to_owned(),

@@ -150,6 +150,7 @@ fn lay_root(root: &Path) {
         ("sudo", 150),
         ("wheel", 10),
         ("adm", 4),
+        ("users", 100),
         ("rkt", 251),
         ("systemd-journal", 248),
         ("portage", 252),

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::corpus::{Language, cases, disagreements, real_outcomes};
+use crate::corpus::{Language, Verdict, cases, judge, real_outcomes};
 use crate::oracle::{Oracle, Question, Tool};
 use crate::tree::write_tree;
 use crate::{debian, expectation, library, same};
@@ -240,9 +240,19 @@ fn the_corpus_is_what_the_real_things_say_it_is() {
 #[test]
 fn the_library_and_the_real_things_agree_on_the_corpus() {
     let mut oracle = Oracle::start();
-    let found: Vec<_> = Language::ALL
-        .into_iter()
-        .flat_map(|language| disagreements(&mut oracle, &cases(language), &library::outcome))
-        .collect();
-    assert!(found.is_empty(), "{}", found.join("\n"));
+    let mut verdict = Verdict::default();
+    for language in Language::ALL {
+        judge(&mut oracle, &cases(language), &library::outcome, &mut verdict);
+    }
+    let Verdict {
+        disagreements,
+        cases,
+        trees,
+    } = verdict;
+    println!("{cases} configurations judged, trees written of {trees}");
+    assert!(
+        cases >= 150 && trees >= 40,
+        "the corpus is not there: {cases} configurations, {trees} trees"
+    );
+    assert!(disagreements.is_empty(), "{}", disagreements.join("\n"));
 }
