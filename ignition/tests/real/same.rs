@@ -47,7 +47,7 @@ fn plain(value: Value) -> Value {
     match value {
         Value::Object(object) => {
             let mut object: Map<_, _> = object.into_iter().map(|(key, value)| (key, plain(value))).collect();
-            object.retain(|key, value| !says_nothing(value) && !(key == "compression" && value == ""));
+            object.retain(|key, value| !(says_nothing(value) || key == "compression" && value == ""));
             resource(object)
         }
         Value::Array(list) => Value::Array(list.into_iter().map(plain).collect()),

@@ -55,7 +55,7 @@ fn told(written: &str, meant: &str) -> Vec<String> {
 }
 
 fn changed(pointer: &str, value: serde_json::Value) -> String {
-    let mut config: serde_json::Value = serde_json::from_str(&whole()).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&whole()).expect("it is JSON");
     *config
         .pointer_mut(pointer)
         .unwrap_or_else(|| panic!("there is no {pointer}")) = value;
