@@ -71,6 +71,9 @@ fn read(text: &str, options: &Options<'_>) -> Result<(Kind, Config, Report), Rep
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut report = Report::default();
     let said = options.kind.or_else(|| Kind::of_first_line(text));
+    if let Some(kind) = said {
+        cloud_config::check_first_line(kind, text)?;
+    }
     let tree = match said {
         Some(Kind::Script) => {
             text::check_length(text)?;
@@ -92,7 +95,7 @@ fn read(text: &str, options: &Options<'_>) -> Result<(Kind, Config, Report), Rep
         Kind::Butane => butane::translate(tree, options, &mut report),
         Kind::ContainerLinuxConfig => clc::translate(tree, options, &mut report),
         Kind::CloudConfig => cloud_config::translate(tree, options, &mut report),
-        Kind::Script => cloud_config::translate_script(&tree),
+        Kind::Script => cloud_config::translate_script(&tree, options, &mut report),
     }
     .ok_or_else(|| {
         let mut report = report.clone();

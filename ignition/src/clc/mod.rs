@@ -22,6 +22,7 @@ use crate::{
 };
 
 pub use platform::Platform;
+pub(crate) use service::quoted;
 
 /// The version of Ignition that ct writes.
 const VERSION: Version = Version::v2(2);

@@ -116,7 +116,7 @@ impl Wrapper {
 }
 
 /// In double quotes, as Go's `%q` writes it.
-pub(super) fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     let mut quoted = String::with_capacity(text.len() + 2);
     quoted.push('"');
     for c in text.chars() {
