@@ -145,7 +145,9 @@ impl Report {
         for entry in &mut self.entries {
             let Some(position) = entry.position else { continue };
             let Some(path) = theirs.get(&position) else { continue };
-            let below = ours.get(&position).and_then(|ours| entry.path.strip_prefix(ours.as_str()));
+            let below = ours
+                .get(&position)
+                .and_then(|ours| entry.path.strip_prefix(ours.as_str()));
             let below = below.filter(|below| below.starts_with('.')).map(snake_case);
             entry.path = format!("{path}{}", below.unwrap_or_default());
         }
@@ -162,7 +164,8 @@ fn snake_case(path: &str) -> String {
         }
         spelled.push(c.to_ascii_lowercase());
     }
-    spelled
+    // Of mebibytes, which are written sizeMiB.
+    spelled.replace("_mi_b", "_mib")
 }
 
 /// The paths of all nodes by their positions. Of nodes that begin at one place the outer one stands for all.

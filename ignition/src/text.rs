@@ -9,6 +9,8 @@ use crate::{node::Node, report::Report};
 pub const TEXT_MAX: usize = 16 << 20;
 /// Most nodes that a text may have, aliases written out: a node takes some 100 bytes of memory.
 const NODES_MAX: usize = 500_000;
+/// Bytes of text that count as much as a node: an alias stands for a long text as well as for many nodes.
+const NODE_BYTES: usize = 128;
 /// Deepest nesting. Configurations have some ten levels.
 const DEPTH_MAX: usize = 64;
 

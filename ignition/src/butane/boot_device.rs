@@ -229,6 +229,6 @@ fn check_cex(luks: &Node, boot_device: &Node, place: &Place<'_>, layout: Option<
         Some(_) => {}
     }
     if !items(luks, &["tang"]).is_empty() || is_true(luks, "tpm2") {
-        report.error(cex, &luks_place.key("cex"), "cex goes with neither tang nor tpm2");
+        report.error(luks, &luks_place, "cex goes with neither tang nor tpm2");
     }
 }

@@ -19,7 +19,7 @@ pub(super) fn render(source: &Node, dialect: Dialect, report: &mut Report) -> Op
         let Some(cause) = cause.filter(|cause| cause.as_bool() == Some(true)) else {
             continue;
         };
-        if let Some(mount) = Mount::of(filesystem, cause, &place.index(index), dialect, report) {
+        if let Some(mount) = Mount::of(filesystem, &place.index(index), dialect, report) {
             units.push(mount.unit(cause, &remote));
         }
     }
@@ -49,16 +49,10 @@ struct Mount<'a> {
 }
 
 impl<'a> Mount<'a> {
-    fn of(
-        filesystem: &'a Node,
-        cause: &Node,
-        place: &Place<'_>,
-        dialect: Dialect,
-        report: &mut Report,
-    ) -> Option<Self> {
+    fn of(filesystem: &'a Node, place: &Place<'_>, dialect: Dialect, report: &mut Report) -> Option<Self> {
         let (format, path) = (text(filesystem, "format"), text(filesystem, "path"));
         let swap = dialect.level() >= 4 && format == Some("swap");
-        let node = |key| filesystem.get(key).unwrap_or(cause);
+        let node = |key| filesystem.get(key).unwrap_or(filesystem);
         if format.is_none() {
             report.error(
                 node("format"),
