@@ -1,0 +1,2 @@
+#!
+echo "which shell? $BASH"
