@@ -7,14 +7,14 @@
 //! - [`local`]: the files that `local` and its kin name
 //! - [`names`]: keys as Ignition calls them
 //! - [`mode`]: modes that were meant octal
-//! - [`passwd`]: `ssh_authorized_keys_local`
-//! - [`systemd`]: `contents_local`
-//! - [`mount_unit`]: `with_mount_unit`
-//! - [`trees`]: `storage.trees`
-//! - [`boot_device`]: `boot_device`, a LUKS or a mirror for the system's own disk; the mirror's disks are in [`mirror`]
+//! - [`passwd`]: keys by `ssh_authorized_keys_local`
+//! - [`systemd`]: units and drop-ins by `contents_local`
+//! - [`mount_unit`]: filesystems that are mounted, by `with_mount_unit`
+//! - [`trees`]: whole directories, by `storage.trees`
+//! - [`boot_device`]: a LUKS or a mirror for the system's own disk; the mirror's disks are in [`mirror`]
 //! - [`partitions`]: partitions of the system's own disk
 //! - [`luks`]: what a variant has no support for
-//! - [`grub`]: `grub.users`
+//! - [`grub`]: passwords of the boot loader, by `grub.users`
 
 mod boot_device;
 mod dialect;
