@@ -67,34 +67,47 @@ impl Config {
     }
 
     /// The same configuration in a version that the guest accepts: its own if that is among them, else the next higher one of
-    /// the same major, else the highest lower one that loses nothing. Version 2 is translated to 3 for a guest that takes
-    /// only 3.
+    /// the same major, else the highest lower one that loses nothing. Version 2 is translated to 3 where no 2 can have it.
     ///
     /// # Errors
-    /// When it uses something that none of them has; the fields are named.
+    /// When it uses something that none of them has; the fields are named, for the version that comes nearest.
     pub fn for_guest(&self, accepted: &[Version]) -> Result<Self, Report> {
         if accepted.contains(&self.version) {
             return Ok(self.clone());
         }
-        let mut same: Vec<Version> = accepted
+        let mut nearest = None;
+        for target in self.nearest_first(accepted) {
+            match self.to_minor(target) {
+                Ok(config) => return Ok(config),
+                Err(report) => nearest = nearest.or(Some(report)),
+            }
+        }
+        if self.version.major() == 2 && accepted.iter().any(|version| version.major() == 3) {
+            return match self.to_v3().and_then(|config| config.for_guest(accepted)) {
+                Ok(config) => Ok(config),
+                Err(report) => Err(nearest.unwrap_or(report)),
+            };
+        }
+        Err(nearest.unwrap_or_else(|| {
+            let message = if accepted.is_empty() {
+                "this guest accepts no Ignition".to_owned()
+            } else {
+                format!("{} is none that this guest accepts: {}", self.version, names(accepted))
+            };
+            Report::of(None, "ignition.version", message)
+        }))
+    }
+
+    /// Versions of the same major: higher ones upwards, then lower ones downwards.
+    fn nearest_first(&self, accepted: &[Version]) -> Vec<Version> {
+        let same = accepted
             .iter()
             .copied()
-            .filter(|version| version.major() == self.version.major())
-            .collect();
-        same.sort_unstable();
-        if let Some(target) = same.iter().find(|version| **version > self.version).or(same.last()) {
-            return self.to_minor(*target);
-        }
-        let newer: Vec<Version> = accepted
-            .iter()
-            .copied()
-            .filter(|version| version.major() == 3)
-            .collect();
-        if self.version.major() == 2 && !newer.is_empty() {
-            return self.to_v3()?.for_guest(&newer);
-        }
-        let message = format!("{} is none that this guest accepts ({})", self.version, names(accepted));
-        Err(Report::of(None, "ignition.version", message))
+            .filter(|version| version.major() == self.version.major());
+        let (mut higher, mut lower): (Vec<_>, Vec<_>) = same.partition(|version| *version > self.version);
+        higher.sort_unstable();
+        lower.sort_unstable_by(|one, other| other.cmp(one));
+        higher.into_iter().chain(lower).collect()
     }
 
     /// To another version of the same major.
@@ -109,14 +122,16 @@ impl Config {
         let mut lost = Report::default();
         let root = language(target).shape(root, target.minor(), &mut lost);
         for entry in lost.entries() {
-            let message = format!(
-                "needs Ignition {}, but {target} is wanted: {}",
-                self.version, entry.message
+            report.say(
+                Severity::Error,
+                entry.position,
+                entry.path.as_str(),
+                entry.message.as_str(),
             );
-            report.say(Severity::Error, entry.position, entry.path.as_str(), message);
         }
         let config = Self { version: target, root };
         config.check(&mut report);
+        report.sort();
         if report.has_errors() { Err(report) } else { Ok(config) }
     }
 

@@ -3,7 +3,7 @@
 //! scalars resolved. Whatever works on the tree afterwards can rely on it.
 
 use crate::{
-    node::{Map, Node, Value},
+    node::{Map, Node, Position, Value},
     report::{Place, Report},
 };
 
@@ -203,14 +203,18 @@ impl Shaper<'_> {
         let Value::Map(map) = node.value else {
             return self.wrong(&node, place, "a map");
         };
-        let mut found: Vec<Option<Node>> = fields.iter().map(|_| None).collect();
+        let mut found: Vec<Option<(Option<Position>, Node)>> = fields.iter().map(|_| None).collect();
         for (key, position, value) in map.into_entries() {
+            let position = position.or(value.position);
             let place = place.key(&key);
             match fields
                 .iter()
                 .position(|field| field.name == key && field.is_in(self.version))
             {
-                Some(index) => found[index] = self.node(value, fields[index].shape, &place),
+                Some(index) => {
+                    let value = self.node(value, fields[index].shape, &place);
+                    found[index] = value.map(|value| (position, value));
+                }
                 None => {
                     let message = self.unknown(&key, fields);
                     self.report.warning(&Node::at(position, Value::Null), &place, message);
@@ -219,8 +223,8 @@ impl Shaper<'_> {
         }
         let mut shaped = Map::new();
         for (field, value) in fields.iter().zip(found) {
-            if let Some(value) = value {
-                shaped.push(field.name, None, value);
+            if let Some((position, value)) = value {
+                shaped.push(field.name, position, value);
             }
         }
         Some(Node::at(position, shaped))
