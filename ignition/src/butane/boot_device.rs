@@ -65,7 +65,8 @@ impl Layout {
 }
 
 /// A configuration of disks, RAIDs, volumes and filesystems; None where neither LUKS nor a mirror is wanted.
-pub(super) fn render(boot_device: &Node, place: &Place<'_>, dialect: Dialect, report: &mut Report) -> Option<Node> {
+pub(super) fn render(boot_device: &Node, dialect: Dialect, report: &mut Report) -> Option<Node> {
+    let place = &Place::ROOT.key("boot_device");
     let layout = Layout::of(boot_device, place, dialect, report);
     // On s390x there is no mirror, and nothing is to be said of what it would have been.
     let mirrors = !layout.is_some_and(Layout::is_s390x);
@@ -191,12 +192,13 @@ fn check_luks(
 ) {
     let device = text(luks, "device");
     let luks_place = place.key("luks");
-    if let Some((layout, (prefix, _))) = layout.and_then(|layout| Some((layout, layout.root_partition()?))) {
-        if device.and_then(|device| layout.root_on(device)).is_none() {
-            let node = boot_device.get("layout").unwrap_or(boot_device);
-            let message = format!("with this layout luks.device has to name the disk, as in {prefix}a");
-            report.error(node, &place.key("layout"), message);
-        }
+    if let Some(layout) = layout
+        && let Some((prefix, _)) = layout.root_partition()
+        && device.and_then(|device| layout.root_on(device)).is_none()
+    {
+        let node = boot_device.get("layout").unwrap_or(boot_device);
+        let message = format!("with this layout luks.device has to name the disk, as in {prefix}a");
+        report.error(node, &place.key("layout"), message);
     }
     let opened = is_cex(luks)
         || is_true(luks, "tpm2")

@@ -34,7 +34,7 @@ mod trees;
 
 use crate::{
     node::Node,
-    report::{Place, Report},
+    report::Report,
     transpile::{Options, Translation},
     v3,
 };
@@ -68,17 +68,12 @@ pub(crate) fn translate(tree: Node, options: &Options<'_>, report: &mut Report) 
     if let Some(trees) = trees {
         trees::translate(&trees, &mut root, &mut local, report);
     }
-    if let Some(boot_device) = boot_device {
-        let place = Place::ROOT.key("boot_device");
-        if let Some(rendered) = boot_device::render(&boot_device, &place, dialect, report) {
-            root = v3::merge(&rendered, &root);
-        }
+    if let Some(rendered) = boot_device.and_then(|boot_device| boot_device::render(&boot_device, dialect, report)) {
+        root = v3::merge(&rendered, &root);
     }
     partitions::check(&root, dialect, report);
-    if let Some(grub) = grub {
-        if let Some(rendered) = grub::render(&grub, report) {
-            root = v3::merge(&rendered, &root);
-        }
+    if let Some(rendered) = grub.and_then(|grub| grub::render(&grub, report)) {
+        root = v3::merge(&rendered, &root);
     }
     Some((dialect.ignition(), root))
 }

@@ -34,9 +34,9 @@ fn contents(map: &mut Map, place: &Place<'_>, local: &mut Local<'_>, report: &mu
             &place,
             "one of contents and contents_local is expected, not both",
         );
-    } else if file.as_text().is_some_and(|path| !path.is_empty()) {
-        if let Some(text) = local.read_text(&file, &place, report) {
-            map.insert("contents", Node::at(file.position, text));
-        }
+    } else if file.as_text().is_some_and(|path| !path.is_empty())
+        && let Some(text) = local.read_text(&file, &place, report)
+    {
+        map.insert("contents", Node::at(file.position, text));
     }
 }
