@@ -5,6 +5,7 @@ use crate::{
     data_url,
     node::{Map, Node},
     report::{Place, Report},
+    rules::url,
 };
 
 /// Options of locksmithd and what they are called in the file.
@@ -28,6 +29,7 @@ pub(super) fn file(update: Option<&Node>, locksmith: Option<&Node>, report: &mut
     let mut contents = String::new();
     if let Some(update) = update {
         check_group(update, report);
+        check_server(update, report);
         if let Some(group) = given(update, "group").and_then(Node::as_text) {
             contents.push_str(&format!("GROUP={}", group.to_lowercase()));
         }
@@ -76,6 +78,15 @@ fn check_group(update: &Node, report: &mut Report) {
         let place = Place::ROOT.key("update");
         let message = "stable, beta or alpha is expected: only a server of your own has other groups";
         report.warning(group.unwrap_or(update), &place.key("group"), message);
+    }
+}
+
+fn check_server(update: &Node, report: &mut Report) {
+    if let Some(node) = given(update, "server")
+        && let Err(message) = url::parse(node.as_text().unwrap_or_default())
+    {
+        let place = Place::ROOT.key("update");
+        report.error(node, &place.key("server"), message);
     }
 }
 

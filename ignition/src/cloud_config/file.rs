@@ -8,6 +8,7 @@ use crate::{
     data_url,
     node::{Map, Node},
     report::{Place, Report},
+    rules,
 };
 
 const MODE: i64 = 0o644;
@@ -76,7 +77,7 @@ pub(super) fn translate(root: &Node, files: &mut Files, report: &mut Report) {
             report.error(file, &place, "needs a path");
             continue;
         };
-        let absolute = Node::at(path.position, cleaned(path.as_text().unwrap_or_default()));
+        let absolute = Node::at(path.position, from_root(path.as_text().unwrap_or_default()));
         check_path(&absolute, &place.key("path"), report);
         let contents = file.get("content").cloned().unwrap_or_default();
         let decoded = decode(file, &contents, &place, report);
@@ -92,18 +93,8 @@ pub(super) fn translate(root: &Node, files: &mut Files, report: &mut Report) {
 }
 
 /// The absolute path, without parts that lead nowhere.
-fn cleaned(path: &str) -> String {
-    let mut parts = Vec::new();
-    for part in path.split('/') {
-        match part {
-            "" | "." => {}
-            ".." => {
-                parts.pop();
-            }
-            part => parts.push(part),
-        }
-    }
-    format!("/{}", parts.join("/"))
+fn from_root(path: &str) -> String {
+    rules::clean(&format!("/{path}"))
 }
 
 fn check_path(path: &Node, place: &Place<'_>, report: &mut Report) {
@@ -211,7 +202,7 @@ mod tests {
     #[case("etc//x/../motd", "/etc/motd")]
     #[case("/../..", "/")]
     fn paths(#[case] path: &str, #[case] expected: &str) {
-        assert_eq!(cleaned(path), expected);
+        assert_eq!(from_root(path), expected);
     }
 
     #[rstest::rstest]

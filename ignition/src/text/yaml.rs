@@ -18,13 +18,18 @@ pub(super) fn parse(text: &str, report: &mut Report) -> Result<Node, Report> {
         events: Parser::new_from_str(text),
         anchors: HashMap::new(),
         nodes: 0,
+        open_end: (!text.ends_with('\n')).then(|| text.chars().count()),
         report,
     };
     loop {
         match reader.next()? {
             (Event::StreamEnd, _) => return Ok(Node::default()),
             (Event::StreamStart | Event::DocumentStart(_) | Event::DocumentEnd | Event::Nothing, _) => {}
-            (event, span) => return reader.node(event, span, 0),
+            (event, span) => {
+                let node = reader.node(event, span, 0)?;
+                reader.end()?;
+                return Ok(node);
+            }
         }
     }
 }
@@ -34,6 +39,8 @@ struct Reader<'a> {
     /// What aliases stand for, and of how many nodes it is.
     anchors: HashMap<usize, (Node, usize)>,
     nodes: usize,
+    /// How many characters the text has, if no line break is the last of them.
+    open_end: Option<usize>,
     report: &'a mut Report,
 }
 
@@ -66,6 +73,21 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// Nothing may follow the document but other documents.
+    fn end(&mut self) -> Result<(), Report> {
+        loop {
+            match self.next()? {
+                (Event::StreamEnd, _) => return Ok(()),
+                (Event::DocumentStart(_), span) => {
+                    let message = "another document begins here, which is passed over: only the first one is read";
+                    self.report.say(Severity::Warning, position(&span), "", message);
+                    return Ok(());
+                }
+                _ => {}
+            }
+        }
+    }
+
     fn count(&mut self, nodes: usize, place: Option<Position>) -> Result<(), Report> {
         self.nodes = self.nodes.saturating_add(nodes);
         if self.nodes > NODES_MAX {
@@ -84,8 +106,14 @@ impl<'a> Reader<'a> {
         self.count(1, place)?;
         let (anchor, value) = match event {
             Event::Scalar(text, style, anchor, tag) => {
+                let is_block = matches!(style, ScalarStyle::Literal | ScalarStyle::Folded);
+                let text = match text.strip_suffix('\n') {
+                    // The parser adds the line break that is missing at the end; a block would have it.
+                    Some(text) if is_block && self.open_end.is_some_and(|end| span.end.index() >= end) => text,
+                    _ => &*text,
+                };
                 self.count(text.len() / NODE_BYTES, place)?;
-                (anchor, scalar(&text, style, tag.as_deref(), place)?)
+                (anchor, scalar(text, style, tag.as_deref(), place)?)
             }
             Event::SequenceStart(anchor, _) => (anchor, self.list(depth)?.into()),
             Event::MappingStart(anchor, _) => (anchor, self.map(depth)?.into()),
@@ -240,6 +268,14 @@ mod tests {
         assert_eq!(node.get("d").unwrap().value, Value::Null);
     }
 
+    #[rstest::rstest]
+    #[case("a: |\n  one\n  two", "one\ntwo")]
+    #[case("a: |\n  one\n", "one\n")]
+    #[case("b: {a: }\na: >+\n  one\n  two", "one two")]
+    fn a_block_at_the_end_has_the_line_break_that_the_text_has(#[case] text: &str, #[case] expected: &str) {
+        assert_eq!(parsed(text).unwrap().text("a"), Some(expected));
+    }
+
     #[test]
     fn anchors_and_merge_keys_are_written_out() {
         let node = parsed("base: &b {x: one, y: two}\nthis: {<<: *b, y: three}\nagain: *b\n").unwrap();
@@ -257,6 +293,10 @@ mod tests {
     #[case("a: *none", "line 1")]
     #[case("a: &a [*a]", "inside of what it stands for")]
     #[case("[1, 2]: 3", "a key is not text")]
+    #[case(
+        "  a: 1\nb: 2\n",
+        "line 2, column 1: this is not YAML: did not find expected <document start>"
+    )]
     fn a_mistake_has_its_place(#[case] text: &str, #[case] expected: &str) {
         let said = parsed(text).unwrap_err().to_string();
         assert!(said.contains(expected), "{said}");
@@ -267,6 +307,18 @@ mod tests {
         let mut report = Report::default();
         parse("a: 1\nb: 2\na: 3\n", &mut report).unwrap();
         assert_eq!(report.to_string(), "error: line 3, column 1: a: the key is there twice");
+    }
+
+    #[test]
+    fn another_document_is_told() {
+        let mut report = Report::default();
+        let node = parse("a: 1\n---\nb: 2\n", &mut report).unwrap();
+        assert!(node.get("b").is_none());
+        assert!(
+            report
+                .to_string()
+                .starts_with("warning: line 2, column 1: another document")
+        );
     }
 
     #[test]
