@@ -72,6 +72,11 @@ fn every_configuration_is_read() {
             said(&text, "warning").next().is_some() || !transpiled.report.has_warnings(),
             "{name}:\n{report}"
         );
+        for guest in ["2.2.0", "3.0.0", "3.3.0"] {
+            let converted = transpiled.config.for_guest(&[guest.parse().unwrap()]);
+            let converted = converted.unwrap_or_else(|report| panic!("{name} for {guest}:\n{report}"));
+            assert_eq!(converted.version().to_string(), guest, "{name}");
+        }
     }
 }
 

@@ -247,7 +247,7 @@ pub(super) fn dropin(service: &Service, options: &Map, place: &Place<'_>, report
 fn fraction(node: &Node, text: &str, place: &Place<'_>, report: &mut Report) -> String {
     match text.parse::<f64>() {
         Ok(number) if number.is_finite() && number != 0.0 => number.to_string(),
-        Ok(number) if number == 0.0 => String::new(),
+        Ok(0.0) => String::new(),
         _ => {
             report.error(node, place, "a number is expected, such as 5 or 0.5");
             String::new()

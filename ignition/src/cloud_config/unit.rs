@@ -261,14 +261,11 @@ fn system_unit(unit: &Node, name: &Node, units: &mut Units, place: &Place<'_>, r
     }
     let dropins = dropins(unit, place, report);
     let known = units.of_name(name);
-    if let Some(content) = content {
-        if known.content.replace(content.clone()).is_some() {
-            report.warning(
-                name,
-                &place.key("name"),
-                "is written before already: the last one stays",
-            );
-        }
+    if let Some(content) = content
+        && known.content.replace(content.clone()).is_some()
+    {
+        let message = "is written before already: the last one stays";
+        report.warning(name, &place.key("name"), message);
     }
     known.enable |= enable;
     known.mask |= mask || stop;
