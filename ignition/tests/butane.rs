@@ -155,3 +155,14 @@ fn without_files_whatever_is_local_is_refused() {
         }
     }
 }
+
+#[test]
+fn a_text_that_is_cut_off_or_has_lost_a_line_does_no_harm() {
+    for (_, text) in configurations("butane") {
+        let lines: Vec<_> = text.lines().collect();
+        for cut in 0..lines.len() {
+            let _ = read(&lines[..cut].join("\n"));
+            let _ = read(&[&lines[..cut], &lines[cut + 1..]].concat().join("\n"));
+        }
+    }
+}

@@ -30,6 +30,8 @@ mod passwd;
 mod resource;
 mod shape;
 mod systemd;
+#[cfg(test)]
+mod tests;
 mod trees;
 
 use crate::{
