@@ -70,7 +70,7 @@ struct Resources<'a, 'f> {
 }
 
 impl Resources<'_, '_> {
-    /// Another configuration, which is looked into.
+    /// Another configuration, which is looked into if its version is known.
     fn configuration(&mut self, node: &mut Node, place: &Place<'_>) {
         let Some((contents, sugar, key)) = self.contents(node, place) else {
             return;
@@ -84,27 +84,29 @@ impl Resources<'_, '_> {
                 .report
                 .error(&sugar, &place, "the configuration is no text in UTF-8");
         };
-        match version_of(&text) {
-            // A guest of another version may know more, or less.
-            Some(version) if !self.looks_into(&version) => {
-                let message = format!("the configuration is of Ignition {version} and is not looked into");
-                self.report.warning(&sugar, &place, message);
-            }
-            _ => {
-                let found = Config::parse(&text).err();
-                let entries = found.iter().flat_map(Report::entries);
-                for entry in entries.filter(|entry| entry.severity == Severity::Error) {
-                    let message = format!("in the configuration, {entry}");
-                    self.report.error(&sugar, &place, message);
+        let ours = self.dialect.ignition();
+        let known = match version_of(&text) {
+            Some(version) => {
+                let known = version.parse::<Version>().ok().filter(|version| version.major() == 3);
+                if known.is_none_or(|version| version > ours) {
+                    let message = format!(
+                        "the configuration is of Ignition {version}, which a guest that takes {ours} may not take"
+                    );
+                    self.report.warning(&sugar, &place, message);
                 }
+                known.is_some()
             }
+            None => true,
+        };
+        if !known {
+            return;
         }
-    }
-
-    /// Whether a guest that takes what this configuration becomes takes a configuration of that version too.
-    fn looks_into(&self, version: &str) -> bool {
-        let version: Result<Version, _> = version.parse();
-        version.is_ok_and(|version| version.major() == 3 && version <= self.dialect.ignition())
+        let found = Config::parse(&text).err();
+        let entries = found.iter().flat_map(Report::entries);
+        for entry in entries.filter(|entry| entry.severity == Severity::Error) {
+            let message = format!("in the configuration, {entry}");
+            self.report.error(&sugar, &place, message);
+        }
     }
 
     /// Contents of any kind; their bytes, if they were sugar, the sugar and its key.

@@ -232,3 +232,45 @@ fn what_a_later_version_brought_is_passed_over() {
         "{report}"
     );
 }
+
+#[rstest]
+#[case("3.3.0", "{}", "")]
+#[case("3.0.0", "{}", "")]
+#[case(
+    "3.3.0",
+    "{\"files\": 1}",
+    "error: line 6, column 17: ignition.config.merge.0.inline: in the configuration"
+)]
+#[case(
+    "3.5.0",
+    "{}",
+    "warning: line 6, column 17: ignition.config.merge.0.inline: the configuration is of Ignition 3.5.0"
+)]
+#[case(
+    "3.5.0",
+    "{\"files\": 1}",
+    "error: line 6, column 17: ignition.config.merge.0.inline: in the configuration"
+)]
+#[case(
+    "2.2.0",
+    "{}",
+    "warning: line 6, column 17: ignition.config.merge.0.inline: the configuration is of Ignition 2.2.0"
+)]
+#[case(
+    "3.9.0",
+    "{}",
+    "warning: line 6, column 17: ignition.config.merge.0.inline: the configuration is of Ignition 3.9.0"
+)]
+fn a_configuration_in_the_configuration_is_looked_into(
+    #[case] version: &str,
+    #[case] storage: &str,
+    #[case] expected: &str,
+) {
+    let child = format!("{{\"ignition\": {{\"version\": \"{version}\"}}, \"storage\": {storage}}}");
+    let body = format!("ignition:\n  config:\n    merge:\n      - inline: '{child}'\n");
+    let (_, report) = translated(4, &body);
+    assert!(
+        report.contains(expected) && report.is_empty() == expected.is_empty(),
+        "{report}"
+    );
+}
