@@ -65,7 +65,8 @@ impl Layout {
 }
 
 /// A configuration of disks, RAIDs, volumes and filesystems; None where neither LUKS nor a mirror is wanted.
-pub(super) fn render(boot_device: &Node, dialect: Dialect, report: &mut Report) -> Option<Node> {
+/// `root` is what it will be merged with.
+pub(super) fn render(boot_device: &Node, root: &Node, dialect: Dialect, report: &mut Report) -> Option<Node> {
     let place = &Place::ROOT.key("boot_device");
     let layout = Layout::of(boot_device, place, dialect, report);
     // On s390x there is no mirror, and nothing is to be said of what it would have been.
@@ -87,6 +88,7 @@ pub(super) fn render(boot_device: &Node, dialect: Dialect, report: &mut Report) 
     let mut root_device = "/dev/disk/by-partlabel/root".to_owned();
     if !devices.is_empty() {
         let cause = boot_device.get("mirror").unwrap_or(boot_device);
+        mirror::check_levels(root, dialect, report);
         storage = mirror::render(devices, cause, layout.unwrap_or(Layout::X86_64));
         root_device = mirror::ROOT.to_owned();
     }

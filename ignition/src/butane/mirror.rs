@@ -1,7 +1,14 @@
 //! The system's own disk, twice or more: partitions as the image has them, and a RAID 1 over those that are written to.
 
-use super::boot_device::{Layout, filesystem};
-use crate::node::{Map, Node, Value};
+use super::{
+    boot_device::{Layout, filesystem},
+    dialect::Dialect,
+    items, text,
+};
+use crate::{
+    node::{Map, Node, Value},
+    report::{Place, Report},
+};
 
 /// The RAID with the root filesystem.
 pub(super) const ROOT: &str = "/dev/md/md-root";
@@ -51,6 +58,22 @@ pub(super) fn render(devices: &[Node], cause: &Node, layout: Layout) -> Map {
         ("raid", ours(raids)),
         ("filesystems", ours(filesystems)),
     ])
+}
+
+/// Before Ignition 3.3 a level that is not said is an empty one, which goes before the mirror's when the two are merged.
+pub(super) fn check_levels(root: &Node, dialect: Dialect, report: &mut Report) {
+    if dialect.ignition().minor() >= 3 {
+        return;
+    }
+    let storage = Place::ROOT.key("storage");
+    let place = storage.key("raid");
+    for (index, raid) in items(root, &["storage", "raid"]).iter().enumerate() {
+        let of_mirror = matches!(raid.text("name"), Some("md-boot" | "md-root"));
+        if of_mirror && text(raid, "level").is_none() {
+            let message = "is missing: in this version the mirror's RAIDs are changed by those alone that say raid1";
+            report.error(raid, &place.index(index).key("level"), message);
+        }
+    }
 }
 
 fn by_label(label: &str) -> String {

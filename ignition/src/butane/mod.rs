@@ -70,7 +70,7 @@ pub(crate) fn translate(tree: Node, options: &Options<'_>, report: &mut Report) 
     if let Some(trees) = trees {
         trees::translate(&trees, &mut root, &mut local, report);
     }
-    if let Some(rendered) = boot_device.and_then(|boot_device| boot_device::render(&boot_device, dialect, report)) {
+    if let Some(rendered) = boot_device.and_then(|node| boot_device::render(&node, &root, dialect, report)) {
         root = v3::merge(&rendered, &root);
     }
     partitions::check(&root, dialect, report);
