@@ -78,7 +78,8 @@ impl Field {
         Self { until: version, ..self }
     }
 
-    fn is_in(&self, version: u8) -> bool {
+    /// Whether this version has it.
+    pub(crate) fn is_in(&self, version: u8) -> bool {
         (self.since..=self.until).contains(&version)
     }
 }

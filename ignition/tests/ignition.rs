@@ -1,6 +1,8 @@
 //! Raw Ignition as a whole: the corpus is read as its own words say, and whatever is read can be written, merged and brought
 //! to other versions.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on fails
+
 use std::{
     fs,
     path::{Path, PathBuf},

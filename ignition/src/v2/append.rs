@@ -36,3 +36,31 @@ fn sections(first: Option<&Node>, second: Option<&Node>, fields: &[Field]) -> No
     let position = |node: Option<&Node>| node.and_then(|node| node.position);
     Node::at(position(second).or(position(first)), out)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{report::Report, text};
+    use rstest::rstest;
+
+    #[rstest]
+    #[case::lists_are_one_after_the_other(
+        r#"{"systemd":{"units":[{"name":"a"}]}}"#,
+        r#"{"systemd":{"units":[{"name":"a"}]},"passwd":{"users":[{"name":"u"}]}}"#,
+        r#"{"passwd":{"users":[{"name":"u"}]},"systemd":{"units":[{"name":"a"},{"name":"a"}]}}"#
+    )]
+    #[case::the_later_value_wins(
+        r#"{"ignition":{"timeouts":{"httpResponseHeaders":1,"httpTotal":2}}}"#,
+        r#"{"ignition":{"timeouts":{"httpTotal":3}}}"#,
+        r#"{"ignition":{"timeouts":{"httpResponseHeaders":1,"httpTotal":3}}}"#
+    )]
+    #[case::of_what_is_fetched_and_how_the_later_says_all(
+        r#"{"ignition":{"config":{"append":[{"source":"a"}]},"proxy":{"httpProxy":"p","noProxy":["a"]}}}"#,
+        r#"{"ignition":{"proxy":{"httpsProxy":"q","noProxy":["b"]}}}"#,
+        r#"{"ignition":{"proxy":{"httpsProxy":"q","noProxy":["a","b"]}}}"#
+    )]
+    fn the_second_follows_the_first(#[case] first: &str, #[case] second: &str, #[case] expected: &str) {
+        let tree = |json| text::parse_json(json, &mut Report::default()).unwrap();
+        assert_eq!(append(&tree(first), &tree(second)).to_json(), expected);
+    }
+}

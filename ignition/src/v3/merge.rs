@@ -112,3 +112,64 @@ fn key(field: &Field, item: &Node) -> String {
     };
     text(item, name).to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{report::Report, text};
+    use rstest::rstest;
+
+    fn tree(json: &str) -> Node {
+        text::parse_json(json, &mut Report::default()).unwrap()
+    }
+
+    #[rstest]
+    #[case::a_value_of_the_child_wins(
+        r#"{"storage":{"files":[{"path":"/a","mode":1,"contents":{"source":"data:,a","compression":"gzip"}}]}}"#,
+        r#"{"storage":{"files":[{"path":"/a","contents":{"source":"data:,b"}}]}}"#,
+        r#"{"storage":{"files":[{"path":"/a","contents":{"compression":"gzip","source":"data:,b"},"mode":1}]}}"#
+    )]
+    #[case::elements_keep_the_parents_place(
+        r#"{"systemd":{"units":[{"name":"a"},{"name":"b"}]}}"#,
+        r#"{"systemd":{"units":[{"name":"c"},{"name":"a","mask":true}]}}"#,
+        r#"{"systemd":{"units":[{"mask":true,"name":"a"},{"name":"b"},{"name":"c"}]}}"#
+    )]
+    #[case::nodes_share_their_paths(
+        r#"{"storage":{"directories":[{"path":"/a"},{"path":"/b"}],"files":[{"path":"/c"}]}}"#,
+        r#"{"storage":{"files":[{"path":"/b"}],"links":[{"path":"/c"}]}}"#,
+        r#"{"storage":{"directories":[{"path":"/a"}],"files":[{"path":"/b"}],"links":[{"path":"/c"}]}}"#
+    )]
+    #[case::arguments_share_theirs(
+        r#"{"kernelArguments":{"shouldExist":["a","b"],"shouldNotExist":["c"]}}"#,
+        r#"{"kernelArguments":{"shouldExist":["c"],"shouldNotExist":["a"]}}"#,
+        r#"{"kernelArguments":{"shouldExist":["b","c"],"shouldNotExist":["a"]}}"#
+    )]
+    #[case::appends_and_options_are_both(
+        r#"{"storage":{"files":[{"path":"/a","append":[{"source":"data:,a"}]}],"raid":[{"name":"r","options":["a"]}]}}"#,
+        r#"{"storage":{"files":[{"path":"/a","append":[{"source":"data:,a"}]}],"raid":[{"name":"r","options":["a"]}]}}"#,
+        r#"{"storage":{"files":[{"path":"/a","append":[{"source":"data:,a"},{"source":"data:,a"}]}],"raid":[{"name":"r","options":["a","a"]}]}}"#
+    )]
+    #[case::a_header_without_a_value_is_taken_away(
+        r#"{"ignition":{"config":{"replace":{"source":"u","httpHeaders":[{"name":"A","value":"1"},{"name":"B","value":"2"}]}}}}"#,
+        r#"{"ignition":{"config":{"replace":{"httpHeaders":[{"name":"A"}]}}}}"#,
+        r#"{"ignition":{"config":{"replace":{"httpHeaders":[{"name":"B","value":"2"}],"source":"u"}}}}"#
+    )]
+    #[case::partitions_are_known_by_number_or_label(
+        r#"{"storage":{"disks":[{"device":"d","partitions":[{"number":1,"label":"a"},{"label":"b"}]}]}}"#,
+        r#"{"storage":{"disks":[{"device":"d","partitions":[{"label":"b","sizeMiB":1},{"number":1,"sizeMiB":2}]}]}}"#,
+        r#"{"storage":{"disks":[{"device":"d","partitions":[{"label":"a","number":1,"sizeMiB":2},{"label":"b","sizeMiB":1}]}]}}"#
+    )]
+    #[case::tang_servers_are_known_by_their_urls(
+        r#"{"storage":{"luks":[{"clevis":{"tang":[{"thumbprint":"1","url":"a"}],"tpm2":true},"name":"l"}]}}"#,
+        r#"{"storage":{"luks":[{"clevis":{"tang":[{"url":"b"},{"thumbprint":"2","url":"a"}]},"name":"l"}]}}"#,
+        r#"{"storage":{"luks":[{"clevis":{"tang":[{"thumbprint":"2","url":"a"},{"url":"b"}],"tpm2":true},"name":"l"}]}}"#
+    )]
+    #[case::lists_of_texts_are_sets(
+        r#"{"passwd":{"users":[{"groups":["a","b"],"name":"u","shouldExist":true}]}}"#,
+        r#"{"passwd":{"users":[{"groups":["c","a"],"name":"u"}]}}"#,
+        r#"{"passwd":{"users":[{"groups":["a","b","c"],"name":"u","shouldExist":true}]}}"#
+    )]
+    fn the_child_is_merged_over_the_parent(#[case] parent: &str, #[case] child: &str, #[case] expected: &str) {
+        assert_eq!(merge(&tree(parent), &tree(child)).to_json(), expected);
+    }
+}

@@ -191,3 +191,66 @@ const UNIT: &[Field] = &[
     boolean("mask"),
     text("name"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashSet, fs};
+
+    use super::*;
+    use crate::{
+        node::{Node, Value},
+        report::Report,
+        text, v2,
+    };
+
+    #[test]
+    fn every_key_of_every_version_is_in_the_corpus() {
+        for (major, minors, fields) in [(2, 0..=4, v2::LANGUAGE.fields), (3, 0..=6, LANGUAGE.fields)] {
+            for minor in minors {
+                let mut known = Vec::new();
+                collect(fields, minor, "", &mut known);
+                let mut used = HashSet::new();
+                let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/ignition");
+                for entry in fs::read_dir(corpus).unwrap() {
+                    let path = entry.unwrap().path();
+                    let name = path.file_name().unwrap().to_string_lossy().into_owned();
+                    if name.starts_with(&format!("{major}.{minor}-")) {
+                        let source = fs::read_to_string(&path).unwrap();
+                        let tree = text::parse_json(&source, &mut Report::default()).unwrap();
+                        keys(&tree, "", &mut used);
+                    }
+                }
+                known.retain(|path| !used.contains(path));
+                assert_eq!(known, Vec::<String>::new(), "{major}.{minor}");
+            }
+        }
+    }
+
+    /// The paths of all keys of a version.
+    fn collect(fields: &[Field], minor: u8, path: &str, out: &mut Vec<String>) {
+        for field in fields.iter().filter(|field| field.is_in(minor)) {
+            let path = format!("{path}.{}", field.name);
+            match field.shape {
+                Shape::Struct(fields) => collect(fields, minor, &path, out),
+                Shape::List(Shape::Struct(fields)) => collect(fields, minor, &path, out),
+                _ => {}
+            }
+            out.push(path);
+        }
+    }
+
+    /// The paths of all keys that a configuration has.
+    fn keys(node: &Node, path: &str, out: &mut HashSet<String>) {
+        match &node.value {
+            Value::Map(map) => {
+                for (key, node) in map.iter() {
+                    let path = format!("{path}.{key}");
+                    keys(node, &path, out);
+                    out.insert(path);
+                }
+            }
+            Value::List(items) => items.iter().for_each(|item| keys(item, path, out)),
+            _ => {}
+        }
+    }
+}
