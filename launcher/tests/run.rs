@@ -183,17 +183,18 @@ async fn a_user_logs_in_by_ssh_through_a_forward_and_sigterm_powers_the_machine_
         .args(["-q", "-t", "ed25519", "-N", "", "-f"])
         .arg(&key));
     let public = fs::read_to_string(key.with_extension("pub")).unwrap();
-    let config = json!({
-        "ignition": { "version": "3.3.0" },
-        "passwd": { "users": [{ "name": "core", "sshAuthorizedKeys": [public.trim()] }] },
-    });
+    // A Container Linux Config.
+    let config = format!(
+        "passwd:\n  users:\n    - name: core\n      ssh_authorized_keys:\n        - {}\n",
+        public.trim()
+    );
     let mut command = desk.command("run");
     command
         .env("VM_NAME", "ssh")
         .env("VM_MEMORY", "1G")
         .env("VM_DISK_SIZE", "3G")
         .env("HOSTFWD", "hostfwd=tcp::2222-:22")
-        .env("IGNITION_CONFIG_FILE", desk.file("core.ign", &config.to_string()));
+        .env("CONFIG_FILE", desk.file("core.yaml", &config));
     let machine = Running::start(command);
     assert_eq!(desk.exec("ssh", "systemctl is-system-running --wait"), "running\n");
 
