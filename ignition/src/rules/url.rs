@@ -17,10 +17,10 @@ const NO_URL: &str = "is no URL";
 /// # Errors
 /// When it is no URL: a sentence that says why.
 pub(crate) fn parse(text: &str) -> Result<Url<'_>, String> {
-    if text.bytes().any(|byte| byte < b' ' || byte == 0x7f) {
+    let (rest, fragment) = text.split_once('#').unwrap_or((text, ""));
+    if rest.bytes().any(|byte| byte < b' ' || byte == 0x7f) {
         return Err(format!("{NO_URL}: there is a control character in it"));
     }
-    let (rest, fragment) = text.split_once('#').unwrap_or((text, ""));
     let (scheme, rest) = split_scheme(rest)?;
     let scheme = scheme.to_ascii_lowercase();
     let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
@@ -89,11 +89,20 @@ fn check_authority(authority: &str) -> Result<(), String> {
     if (!port.is_empty() && !port.starts_with(':')) || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(format!("{NO_URL}: its port is no number"));
     }
-    let fits = |c: char| !c.is_ascii() || c.is_ascii_alphanumeric() || "-._~!$&'()*+,;=:[]<>\"%".contains(c);
-    if !host.chars().all(fits) {
+    // What an address between brackets has beside its zone is of no interest here.
+    let name = if host.starts_with('[') { "" } else { host };
+    let fits = |c: char| !c.is_ascii() || c.is_ascii_alphanumeric() || "-._~!$&'()*+,;=:]<>\"%".contains(c);
+    if !name.chars().all(fits) {
         return Err(format!("{NO_URL}: its host has characters that no host has"));
     }
-    // Of ASCII, only what a host may not have as it is may be escaped in it.
+    // Of ASCII only the percent sign may be escaped in a host.
+    let escaped = name.split('%').skip(1);
+    if escaped
+        .into_iter()
+        .any(|rest| !rest.starts_with("25") && rest.starts_with(|c: char| ('0'..='7').contains(&c)))
+    {
+        return Err(format!("{NO_URL}: its host has escaped characters that no host has"));
+    }
     unescapes(host)
 }
 
@@ -198,6 +207,9 @@ mod tests {
     #[case("http://example.com:port/", false)]
     #[case("http://example.com:/", true)]
     #[case("http://exa mple.com/", false)]
+    #[case("http://exa[mple.com/", false)]
+    #[case("http://%41.example.com/", false)]
+    #[case("http://%C3%A9.example.com/", true)]
     #[case("http://example.com/%zz", false)]
     #[case("http://example.com/a b", true)]
     #[case("http:example.com", true)]
