@@ -137,6 +137,7 @@ const NEWEST_MINOR: u64 = 3;
 /// The unit that the section asks for; None if something is wrong with it, which the report has.
 pub(super) fn unit(section: Node, platform: Option<Platform>, report: &mut Report) -> Option<Node> {
     let place = Place::ROOT.key("etcd");
+    let position = section.position;
     let (language, version, tag) = {
         let map = match &section.value {
             Value::Map(map) => map,
@@ -183,5 +184,6 @@ pub(super) fn unit(section: Node, platform: Option<Platform>, report: &mut Repor
         "etcd-member.service",
         "20-clct-etcd-member.conf",
         wrapper.contents(),
+        position,
     ))
 }

@@ -50,6 +50,7 @@ const ETCDCTL_FLAGS: &[(&str, &str)] = &[
 /// The unit that the section asks for; None if something is wrong with it, which the report has.
 pub(super) fn unit(section: Node, platform: Option<Platform>, report: &mut Report) -> Option<Node> {
     let place = Place::ROOT.key("flannel");
+    let position = section.position;
     let (version, tag) = match &section.value {
         Value::Map(map) => options_version(map, &place, report)?,
         _ => {
@@ -82,7 +83,12 @@ pub(super) fn unit(section: Node, platform: Option<Platform>, report: &mut Repor
         }
         contents.push_str(&format!(" set /coreos.com/network/config {}", service::quoted(network)));
     }
-    Some(service::enabled("flanneld.service", "20-clct-flannel.conf", contents))
+    Some(service::enabled(
+        "flanneld.service",
+        "20-clct-flannel.conf",
+        contents,
+        position,
+    ))
 }
 
 /// The version whose options the section takes, and what it says of the image.

@@ -95,5 +95,6 @@ fn docker_unit(docker: &Node) -> Node {
         "docker.service",
         "20-clct-docker.conf",
         format!("[Service]\nEnvironment=\"DOCKER_OPTS={}\"", flags.join(" ")),
+        docker.position,
     )
 }

@@ -2,17 +2,17 @@
 
 use super::{dynamic_data, platform::Platform};
 use crate::{
-    node::{Map, Node, Value},
+    node::{Map, Node, Position, Value},
     report::{Place, Report},
 };
 
-/// A unit that is enabled and has one drop-in.
-pub(super) fn enabled(name: &str, dropin: &str, contents: String) -> Node {
-    unit(name, ("enable", Node::ours(true)), dropin, contents)
+/// A unit that is enabled and has one drop-in, whose contents stand for the section at `position`.
+pub(super) fn enabled(name: &str, dropin: &str, contents: String, position: Option<Position>) -> Node {
+    unit(name, ("enable", Node::ours(true)), dropin, Node::at(position, contents))
 }
 
-fn unit(name: &str, enabled: (&str, Node), dropin: &str, contents: String) -> Node {
-    let dropin = Map::from([("name", Node::ours(dropin)), ("contents", Node::ours(contents))]);
+fn unit(name: &str, enabled: (&str, Node), dropin: &str, contents: Node) -> Node {
+    let dropin = Map::from([("name", Node::ours(dropin)), ("contents", contents)]);
     let dropins = Node::ours(vec![Node::ours(dropin)]);
     Node::ours(Map::from([("name", Node::ours(name)), enabled, ("dropins", dropins)]))
 }
@@ -22,7 +22,9 @@ pub(super) fn of_platform(platform: Option<Platform>) -> Vec<Node> {
     let Some(platform @ (Platform::OpenStackMetadata | Platform::CloudStackConfigDrive)) = platform else {
         return Vec::new();
     };
-    let contents = format!("[Service]\nEnvironment=COREOS_METADATA_OPT_PROVIDER=--provider={platform}");
+    let contents = Node::ours(format!(
+        "[Service]\nEnvironment=COREOS_METADATA_OPT_PROVIDER=--provider={platform}"
+    ));
     let dropin = "20-clct-provider-override.conf";
     vec![
         unit(

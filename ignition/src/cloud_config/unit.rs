@@ -21,13 +21,14 @@ pub(super) struct Units {
     started: Vec<Node>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Unit {
     name: Node,
     content: Option<Node>,
     enable: bool,
     mask: bool,
     dropins: Vec<(String, Node)>,
+    dropin_by_name: HashMap<String, usize>,
 }
 
 impl Units {
@@ -38,10 +39,7 @@ impl Units {
         if index == next {
             self.units.push(Unit {
                 name: name.clone(),
-                content: None,
-                enable: false,
-                mask: false,
-                dropins: Vec::new(),
+                ..Unit::default()
             });
         }
         // It was there, or was just put at the end.
@@ -111,7 +109,9 @@ impl Units {
 
 impl Unit {
     fn set_dropin(&mut self, name: &str, content: Node) {
-        match self.dropins.iter_mut().find(|(known, _)| known == name) {
+        let next = self.dropins.len();
+        let index = *self.dropin_by_name.entry(name.to_owned()).or_insert(next);
+        match self.dropins.get_mut(index) {
             Some((_, existing)) => *existing = content,
             None => self.dropins.push((name.to_owned(), content)),
         }
