@@ -52,6 +52,8 @@ fn expect(minor: u8, sections: &str, expected: &[&str]) {
 #[case(0, r#"{"path":"/a","contents":{"source":"data:,hello","verification":{"hash":"sha256-2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"}}}"#,
     &["error storage.files.0.contents.verification.hash: sha256 is not in this version"])]
 #[case(1, r#"{"path":"/a","contents":{"source":"data:,hello","verification":{"hash":"sha256-2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"}}}"#, &[])]
+#[case(1, r#"{"path":"/a","contents":{"source":"data:,hell","verification":{"hash":"sha256-2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"}}}"#,
+    &["error storage.files.0.contents.verification.hash: is not the hash"])]
 #[case(1, r#"{"path":"/a","contents":{"source":"data:,x","httpHeaders":[{"name":"","value":""}]}}"#, &[
     "error storage.files.0.contents.httpHeaders: only what is fetched by http",
     "error storage.files.0.contents.httpHeaders.0.name: is missing",
