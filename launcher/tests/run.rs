@@ -1,5 +1,5 @@
 //! `coreos-kvm run`, a machine without Kubernetes, in a network namespace of its own: by ssh through a forward, with a disk
-//! that stays, with a long configuration; and all that is refused before QEMU starts. Five boots in all.
+//! that stays, with a long configuration; and all that is refused before QEMU starts. Six boots in all.
 
 #![allow(clippy::unwrap_used)] // a test that cannot go on fails
 
@@ -278,6 +278,28 @@ async fn a_disk_that_stays_is_configured_once_and_keeps_what_was_written() {
     assert_eq!(desk.exec("kept", "systemctl is-system-running --wait"), "running\n");
     assert_eq!(machine.end().0.code(), Some(0));
     desk.assert_nothing_is_left("kept");
+}
+
+#[tokio::test]
+async fn a_disk_of_somebody_else_is_left_alone() {
+    let desk = Desk::new().await;
+    let image = desk.path("mine.img");
+    fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    run(Command::new("mkfs.ext4").args(["-q", "-L", "photographs"]).arg(&image));
+    let before = fs::read(&image).unwrap();
+    let mut command = desk.command("run");
+    command
+        .args(["--name", "mine", "--memory", "512M", "--no-network", "--disk"])
+        .arg(&image);
+    let output = command.output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success(), "{error}");
+    assert!(
+        error.contains("neither blank nor one of this guest (blkid finds: photographs ext4)"),
+        "{error}"
+    );
+    assert!(fs::read(&image).unwrap() == before, "it was written to");
+    desk.assert_nothing_is_left("mine");
 }
 
 #[tokio::test]
