@@ -29,7 +29,7 @@ pub struct TreeEntry {
 pub enum TreeEntryKind {
     /// A regular file.
     File {
-        /// Whether its owner may execute it.
+        /// Whether anybody may execute it.
         executable: bool,
     },
     /// A directory; what is in it is listed apart.

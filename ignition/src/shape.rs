@@ -17,8 +17,6 @@ pub(crate) enum Shape {
     List(&'static Shape),
     /// A map with these keys.
     Struct(&'static [Field]),
-    /// A map whose keys are the user's.
-    Map(&'static Shape),
 }
 
 /// A key that a map may have.
@@ -126,7 +124,6 @@ impl Shaper<'_> {
             Shape::Bool => self.boolean(node, place),
             Shape::List(element) => self.list(node, *element, place),
             Shape::Struct(fields) => self.fields(node, fields, place),
-            Shape::Map(element) => self.map(node, *element, place),
         }
     }
 
@@ -174,7 +171,7 @@ impl Shaper<'_> {
         // An element that is wrong leaves its place empty, so that those after it keep their numbers.
         let shaped = items.into_iter().enumerate().map(|(index, item)| {
             let position = item.position;
-            let empty = matches!(element, Shape::Struct(_) | Shape::Map(_)).then(Map::new);
+            let empty = matches!(element, Shape::Struct(_)).then(Map::new);
             let place = place.index(index);
             if item.value == Value::Null {
                 self.report.error(&item, &place, "is empty");
@@ -183,20 +180,6 @@ impl Shaper<'_> {
                 .unwrap_or_else(|| Node::at(position, empty.map_or(Value::Null, Value::from)))
         });
         Some(Node::at(position, shaped.collect::<Vec<_>>()))
-    }
-
-    fn map(&mut self, node: Node, element: Shape, place: &Place<'_>) -> Option<Node> {
-        let position = node.position;
-        let Value::Map(map) = node.value else {
-            return self.wrong(&node, place, "a map");
-        };
-        let mut shaped = Map::new();
-        for (key, position, value) in map.into_entries() {
-            if let Some(value) = self.node(value, element, &place.key(&key)) {
-                shaped.push(&key, position, value);
-            }
-        }
-        Some(Node::at(position, shaped))
     }
 
     fn fields(&mut self, node: Node, fields: &'static [Field], place: &Place<'_>) -> Option<Node> {
@@ -334,11 +317,7 @@ mod tests {
 
     const FILE: Shape = Shape::Struct(&[super::text("path"), int("mode"), boolean("overwrite").since(2)]);
     const LANGUAGE: Language = Language {
-        fields: &[
-            list("files", &FILE),
-            texts("names"),
-            field("labels", Shape::Map(&Shape::Text)),
-        ],
+        fields: &[list("files", &FILE), texts("names")],
         version_name: |version| format!("1.{version}"),
     };
 
@@ -351,11 +330,8 @@ mod tests {
 
     #[test]
     fn scalars_are_resolved_and_keys_are_in_order() {
-        let (json, report) = shaped("names: [1, \"2\", true]\nfiles: [{mode: 0644, path: 7}]\nlabels: {b: x, a: y}\n");
-        assert_eq!(
-            json,
-            r#"{"files":[{"path":"7","mode":420}],"names":["1","2","true"],"labels":{"b":"x","a":"y"}}"#
-        );
+        let (json, report) = shaped("names: [1, \"2\", true]\nfiles: [{mode: 0644, path: 7}]\n");
+        assert_eq!(json, r#"{"files":[{"path":"7","mode":420}],"names":["1","2","true"]}"#);
         assert_eq!(report, "");
     }
 

@@ -69,7 +69,7 @@ impl LocalFiles {
                 }
             } else if metadata.is_file() {
                 TreeEntryKind::File {
-                    executable: metadata.permissions().mode() & 0o100 != 0,
+                    executable: metadata.permissions().mode() & 0o111 != 0,
                 }
             } else {
                 TreeEntryKind::Other
