@@ -47,6 +47,7 @@ lint() {
   step "formatter" - "'cargo fmt' mends it." cargo fmt --all --check
   step "clippy" - "$advice" cargo clippy --workspace --all-targets --locked -- -D warnings
   step "shellcheck" - "$advice" check_shell
+  step "Go" - "'gofmt -w' mends the form; the log has what 'go vet' found." check_go
   # Without optimisation: it is fast enough, and builds in a third of the time.
   CARGO_PROFILE_DEV_DEBUG=0 step "cargo-deny $cargo_deny_version" - \
     "See the log; a network error there means that crates cannot be fetched." \
@@ -61,9 +62,27 @@ check_shell() {
     if [[ $script == *.sh ]] || head -n 1 "$script" | grep -qE '^#!.*\b(ba|da)?sh\b'; then
       scripts+=("$script")
     fi
-  done < <(git ls-files --cached --others --exclude-standard)
+  done < <(git ls-files --cached --others --exclude-standard -- ':!ignition/corpus')
   printf '%s\n' "${scripts[@]}"
   shellcheck -x "${scripts[@]}"
+}
+
+# ignition/oracle, the one place where Go is written.
+check_go() {
+  local go unformatted
+  go=$(find_go)
+  if [ -z "$go" ]; then
+    echo "no Go is new enough for ignition/oracle/go.mod; './devtool setup' unpacks one"
+    return 1
+  fi
+  unformatted=$("$(dirname "$go")/gofmt" -l "$here/ignition/oracle")
+  if [ -n "$unformatted" ]; then
+    printf 'not as gofmt has it: %s\n' "$unformatted"
+    return 1
+  fi
+  go_environment
+  cd "$here/ignition/oracle" || return
+  "$go" vet ./...
 }
 
 # Advisories need their database from outside, so they are not looked up here: the same commit passes or fails alike every day.

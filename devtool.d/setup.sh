@@ -167,16 +167,20 @@ setup_oracles() {
     unpack "$cache/apt" "golang-$go_release-src" '[0-9.]+' "$cache/golang"
     go=$(find_go)
   fi
+  go_environment
   cd "$here/ignition/oracle" || return
-  # Nothing but go.mod and go.sum decides what is built; what is downloaded can be deleted with the cache.
-  export GOTOOLCHAIN=local GOWORK=off CGO_ENABLED=0 GOFLAGS="-mod=readonly -modcacherw -buildvcs=false -trimpath"
-  export GOMODCACHE=$cache/go/modules GOCACHE=$cache/go/build
   local bin=$cache/tools/go/bin
   "$go" build -o "$bin/oracle" .
   "$go" build -o "$bin/butane" github.com/coreos/butane/internal
   "$go" build -o "$bin/ct" github.com/coreos/container-linux-config-transpiler/internal
   "$go" build -o "$bin/ignition2-validate" github.com/coreos/ignition/validate
   "$go" build -o "$bin/ignition3-validate" github.com/coreos/ignition/v2/validate
+}
+
+# Nothing but go.mod and go.sum decides what is built; what is downloaded can be deleted with the cache.
+go_environment() {
+  export GOTOOLCHAIN=local GOWORK=off CGO_ENABLED=0 GOFLAGS="-mod=readonly -modcacherw -buildvcs=false -trimpath"
+  export GOMODCACHE=$cache/go/modules GOCACHE=$cache/go/build
 }
 
 # Prints the first go that is new enough for the oracle, if any.
