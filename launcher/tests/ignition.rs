@@ -44,6 +44,7 @@ async fn files_users_and_units_of_the_configuration_are_there() {
             { "name": "at@.service", "contents": "[Service]\nType=oneshot\nExecStart=touch /run/at-%i\n[Install]\nWantedBy=multi-user.target\n" },
             { "name": "at@once.service", "enabled": true },
             { "name": "systemd-logind.service", "mask": true },
+            { "name": "of-another-system.service", "enabled": true, "dropins": [{ "name": "10-more.conf", "contents": "[Service]\nNice=5\n" }] },
         ] },
     });
     let machine = Machine {
@@ -77,13 +78,12 @@ async fn files_users_and_units_of_the_configuration_are_there() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_not_what_its_hash_says_ends_the_boot() {
-    let hash = format!("sha512-{}", "0".repeat(128));
-    let file = json!({ "path": "/etc/secret", "contents": {
-        "source": "data:,a-secret", "verification": { "hash": hash } } });
-    let text = failure("hash", json!({ "files": [file] })).await;
+async fn a_file_of_nobody_ends_the_boot() {
+    let file =
+        json!({ "path": "/etc/secret", "user": { "name": "stranger" }, "contents": { "source": "data:,a-secret" } });
+    let text = failure("owner", json!({ "files": [file] })).await;
     assert!(text.contains("Ignition failed: failed to create files"), "{text}");
-    assert!(text.contains("hash verification failed"), "{text}");
+    assert!(text.contains("/etc/secret: failed to determine correct uid"), "{text}");
     assert!(
         text.contains("guest does not start: Ignition's stage files failed"),
         "{text}"
