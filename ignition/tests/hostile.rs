@@ -58,7 +58,7 @@ const IGNITION: &str = r#"{"ignition":{"version":"3.4.0"},"#;
 
 /// What each text is, and the text; one after the other, since together they would fill the memory themselves.
 fn texts(each: &mut dyn FnMut(&'static str, String)) {
-    let most = 100_000;
+    let most = if cfg!(debug_assertions) { 25_000 } else { 100_000 };
     let aliases = |begin: &str, each: &str, depth: usize| {
         (1..=depth).fold(begin.to_owned(), |text, level| {
             let line = each
@@ -209,7 +209,7 @@ fn texts(each: &mut dyn FnMut(&'static str, String)) {
         numbered(
             &format!("{FCOS}storage:\n  filesystems:\n"),
             "    - {device: /dev/a@, path: /a@, format: ext4, with_mount_unit: true}\n",
-            50_000,
+            most / 2,
         ),
     );
     each(
@@ -217,7 +217,7 @@ fn texts(each: &mut dyn FnMut(&'static str, String)) {
         numbered(
             &format!("{FCOS}storage:\n  disks:\n    - device: /dev/a\n      partitions:\n"),
             "        - {number: @, size_mib: 1, start_mib: 1}\n",
-            50_000,
+            most / 2,
         ),
     );
     each(
@@ -225,7 +225,7 @@ fn texts(each: &mut dyn FnMut(&'static str, String)) {
         numbered(
             "systemd:\n  units:\n",
             "    - {name: a@.service, contents: '[Unit]'}\n",
-            50_000,
+            most / 2,
         ),
     );
     each(
@@ -233,7 +233,7 @@ fn texts(each: &mut dyn FnMut(&'static str, String)) {
         numbered(
             "storage:\n  files:\n",
             "    - {path: /a@, filesystem: root, contents: {inline: '{HOSTNAME'}}\n",
-            30_000,
+            most / 4,
         ),
     );
     each(
@@ -245,7 +245,7 @@ fn texts(each: &mut dyn FnMut(&'static str, String)) {
         numbered(
             "#cloud-config\nwrite_files:\n",
             "  - {path: /a@, content: $private_ipv4}\n",
-            50_000,
+            most / 2,
         ),
     );
     each(
@@ -253,7 +253,7 @@ fn texts(each: &mut dyn FnMut(&'static str, String)) {
         numbered(
             "#cloud-config\ncoreos:\n  units:\n",
             "    - {name: a@.service, command: start}\n",
-            50_000,
+            most / 2,
         ),
     );
     each(
