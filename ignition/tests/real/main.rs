@@ -10,6 +10,7 @@
 //! - [`same`]: whether two configurations mean the same
 //! - [`library`]: the library that is tried
 //! - [`corpus`]: the configurations that all of it runs over
+//! - [`readme`]: the configurations that README.md shows
 
 #![allow(clippy::expect_used)] // a trial whose tools fail has failed
 
@@ -20,6 +21,7 @@ mod debian;
 mod expectation;
 mod library;
 mod oracle;
+mod readme;
 mod same;
 mod tools;
 mod tree;
