@@ -5,6 +5,7 @@ mod metadata;
 
 use std::net::IpAddr;
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use coreos_kvm_ignition::{Config, Options, Platform, Report, Version, report::Severity, transpile};
 use coreos_kvm_proto::AGENT_DISK_SERIAL;
 use serde_json::{Value, json};
@@ -92,14 +93,20 @@ pub enum ProvisionError {
     Description { guest: String, report: Report },
 }
 
-/// Reports have a line for each thing; errors and events are one line.
+/// Reports have a line for each thing; errors and events are one line, and not a long one.
 fn one_line(report: &Report) -> String {
-    let entries = report.entries().iter();
-    let errors: Vec<String> = entries
+    const SAID: usize = 10;
+    let errors: Vec<String> = report
+        .entries()
+        .iter()
         .filter(|entry| entry.severity == Severity::Error)
         .map(ToString::to_string)
         .collect();
-    errors.join("; ")
+    let line = errors[..errors.len().min(SAID)].join("; ");
+    match errors.len().saturating_sub(SAID) {
+        0 => line,
+        more => format!("{line}; and {more} more"),
+    }
 }
 
 /// The configuration that the guest of `machine` boots with, as JSON. `addresses` are those that it will be reached by.
@@ -142,7 +149,32 @@ pub fn provision(machine: &Machine, addresses: &[IpAddr]) -> Result<String, Prov
     if let Some(unit) = metadata.unit(&user, origin)? {
         ours = ours.merge(&built_in(&unit)?).map_err(merging)?;
     }
+    if refers_to_others(&user) {
+        return Ok(side_by_side(&user, &ours)?.to_json());
+    }
     Ok(user.merge(&ours).map_err(merging)?.to_json())
+}
+
+/// Whether the configuration has Ignition fetch others, which then go before all that stands in it, or take its place.
+fn refers_to_others(config: &Config) -> bool {
+    let json: Value = serde_json::from_str(&config.to_json()).unwrap_or_default();
+    let empty = |value: &Value| match value {
+        Value::Array(items) => items.is_empty(),
+        Value::Object(map) => map.values().all(|value| value.is_null() || value == &json!({})),
+        value => value.is_null(),
+    };
+    let references = json.pointer("/ignition/config").and_then(Value::as_object);
+    references.is_some_and(|references| references.values().any(|value| !empty(value)))
+}
+
+/// A configuration that has Ignition fetch both, ours last: whatever the user's refers to, ours has the last word.
+fn side_by_side(user: &Config, ours: &Config) -> Result<Config, ProvisionError> {
+    let list = if user.version().major() == 2 { "append" } else { "merge" };
+    let source = |config: &Config| format!("data:;base64,{}", BASE64_STANDARD.encode(config.to_json()));
+    built_in(&json!({ "ignition": {
+        "version": user.version().to_string(),
+        "config": { list: [{ "source": source(user) }, { "source": source(ours) }] },
+    } }))
 }
 
 fn accepted(machine: &Machine) -> Result<Vec<Version>, ProvisionError> {
@@ -285,5 +317,41 @@ mod tests {
         let cloud = "#cloud-config\nwrite_files:\n  - path: /etc/address\n    content: $private_ipv4\n";
         let config = provisioned(Some(cloud)).unwrap();
         assert_eq!(config["storage"]["files"][0]["contents"]["source"], "data:,10.1.2.3");
+    }
+
+    #[rstest::rstest]
+    #[case("3.3.0", "replace", "merge")]
+    #[case("3.3.0", "merge", "merge")]
+    #[case("2.2.0", "replace", "append")]
+    fn a_configuration_that_refers_to_others_does_not_lose_the_agent(
+        #[case] version: &str,
+        #[case] reference: &str,
+        #[case] list: &str,
+    ) {
+        let source = json!({ "source": "data:,%7B%22ignition%22%3A%7B%22version%22%3A%223.0.0%22%7D%7D" });
+        let source = if reference == "merge" { json!([source]) } else { source };
+        let user = json!({ "ignition": { "version": version, "config": { reference: source } } });
+        let config = provisioned_for(&[version], Some(&user.to_string())).unwrap();
+        let children = config["ignition"]["config"][list].as_array().unwrap();
+        let child = |index: usize| {
+            let url = children[index]["source"].as_str().unwrap();
+            let text = BASE64_STANDARD
+                .decode(url.strip_prefix("data:;base64,").unwrap())
+                .unwrap();
+            serde_json::from_slice::<Value>(&text).unwrap()
+        };
+        assert_eq!(children.len(), 2);
+        assert!(child(0)["ignition"]["config"][reference].to_string().contains("data:,"));
+        assert!(unit(&child(1), SERVICE_UNIT).is_some(), "ours is the last");
+    }
+
+    #[test]
+    fn an_event_tells_some_errors_and_counts_the_rest() {
+        let paths: Vec<_> = (0..30)
+            .map(|number| json!({ "path": format!("relative{number}") }))
+            .collect();
+        let text = json!({ "ignition": { "version": "3.3.0" }, "storage": { "files": paths } });
+        let error = provisioned(Some(&text.to_string())).unwrap_err();
+        assert!(error.ends_with("; and 20 more"), "{error}");
     }
 }

@@ -1,5 +1,5 @@
 //! Ignition in the reference guest: what a configuration asks for is there when the agent answers, and a configuration that
-//! fails in the guest ends the machine with Ignition's own words. Three boots in all.
+//! fails in the guest ends the machine with Ignition's own words. Four boots in all.
 
 #![allow(clippy::unwrap_used)] // a test that cannot go on fails
 
@@ -7,6 +7,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
+use base64::Engine;
 use common::{Place, run};
 use coreos_kvm_launcher::{
     machine::Machine,
@@ -73,6 +74,23 @@ async fn files_users_and_units_of_the_configuration_are_there() {
         let (printed, status) = run(vm.agent(), &["sh", "-c", command]).await;
         assert_eq!(printed, expected, "{command} ends with {status}");
     }
+    vm.shutdown(Duration::from_secs(30)).await.unwrap();
+    place.assert_nothing_is_left(&machine);
+}
+
+#[tokio::test]
+async fn a_configuration_in_whose_place_comes_another_has_its_file_and_the_agent() {
+    let place = Place::new().await;
+    let file = json!({ "path": "/etc/replaced", "contents": { "source": "data:,yes" } });
+    let other = json!({ "ignition": { "version": "3.2.0" }, "storage": { "files": [file] } }).to_string();
+    let source = format!("data:;base64,{}", base64::prelude::BASE64_STANDARD.encode(other));
+    let ignition = json!({ "ignition": { "version": "3.3.0", "config": { "replace": { "source": source } } } });
+    let machine = Machine {
+        configuration: Some(common::configuration(ignition.to_string())),
+        ..place.machine("replace")
+    };
+    let vm = Vm::start(&place.config, machine.clone()).await.unwrap();
+    assert_eq!(run(vm.agent(), &["cat", "/etc/replaced"]).await.0, "yes");
     vm.shutdown(Duration::from_secs(30)).await.unwrap();
     place.assert_nothing_is_left(&machine);
 }

@@ -180,7 +180,15 @@ async fn plan(config: &Config, machine: &Machine) -> Result<Plan, VmError> {
         Some(_) => netdev::addresses(&machine.network).await?,
         None => Vec::new(),
     };
-    let ignition = carriage::carry(provision::provision(machine, &addresses)?, &machine.guest)?;
+    // A long configuration keeps a thread busy, and this one has others to serve.
+    let provisioned = tokio::task::spawn_blocking({
+        let machine = machine.clone();
+        move || provision::provision(&machine, &addresses)
+    });
+    let ignition = provisioned
+        .await
+        .map_err(|error| VmError::io("reading the configuration")(io::Error::other(error)))?;
+    let ignition = carriage::carry(ignition?, &machine.guest)?;
     if let Network::User { forwards } = &machine.network {
         forward::check(forwards)?;
     }
