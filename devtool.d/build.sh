@@ -35,6 +35,11 @@ build_test_bed() {
   cargo build --locked -p kubeception-tests --bins
 }
 
+# What runs inside of it is measured as it is released.
+build_stopwatch() {
+  cargo build --release --locked -p coreos-kvm-ignition --example stopwatch
+}
+
 # guest/build finds out by content whether there is anything to do.
 build_guest() {
   step "guest image" - "A package that cannot be fetched: check the network; else the log tells." \

@@ -62,6 +62,16 @@ pub fn program(name: &str) -> Result<PathBuf> {
     present(release().join(name), "build")
 }
 
+/// An example of a crate of this repository, in its release build.
+pub fn example(name: &str) -> Result<PathBuf> {
+    present(release().join("examples").join(name), "bench")
+}
+
+/// A real program that configurations are held against.
+pub fn go_program(name: &str) -> Result<PathBuf> {
+    present(cache().join("tools/go/bin").join(name), "setup")
+}
+
 /// The disk with the agent.
 pub fn agent_disk() -> Result<PathBuf> {
     present(release().join("agent.erofs"), "build")

@@ -1,4 +1,10 @@
 //! Measures what a pod costs, as ratios of things measured in the same run, and shows a table.
+//!
+//! - [`library`]: what the translation of configurations costs
+//! - [`table`]: samples and figures
+
+mod library;
+mod table;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +21,8 @@ use kubeception_tests::image::BUSYBOX;
 use kubeception_tests::leftovers::{Process, processes};
 use kubeception_tests::node::{Handler, Node, init};
 use kubeception_tests::pod::{Container, Pod};
-use serde_json::{Map, Value, json};
+
+use table::{Samples, Table};
 
 const BOOT_BOUND: Duration = Duration::from_secs(240);
 const MB: f64 = 1_000_000.0;
@@ -36,6 +43,12 @@ struct Arguments {
     /// 1.6, 1.7 or 2.1
     #[arg(long, default_value = "2.1")]
     containerd: Containerd,
+    /// How often each translation of a configuration is measured
+    #[arg(long, default_value_t = 31)]
+    translations: u32,
+    /// Measures the translation of configurations alone
+    #[arg(long)]
+    library: bool,
 }
 
 fn main() -> ExitCode {
@@ -51,19 +64,21 @@ fn main() -> ExitCode {
 
 fn measure(arguments: &Arguments) -> Result<()> {
     ensure!(
-        arguments.runs > 0 && arguments.execs > 0,
+        arguments.runs > 0 && arguments.execs > 0 && arguments.translations > 0,
         "nothing is measured in 0 runs"
     );
-    let node = Node::start("bench", arguments.containerd, &[Handler::standard()])?;
-    let bench = Bench {
-        cri: Cri::connect(&node)?,
-        node: &node,
-        arguments,
-    };
-
     let mut table = Table::default();
-    bench.boots(&mut table)?;
-    bench.running_pod(&mut table)?;
+    library::measure(&mut table, arguments.translations)?;
+    if !arguments.library {
+        let node = Node::start("bench", arguments.containerd, &[Handler::standard()])?;
+        let bench = Bench {
+            cri: Cri::connect(&node)?,
+            node: &node,
+            arguments,
+        };
+        bench.boots(&mut table)?;
+        bench.running_pod(&mut table)?;
+    }
     table.print();
     if let Some(path) = &arguments.json {
         fs::write(path, format!("{:#}\n", table.json())).with_context(|| format!("writing {}", path.display()))?;
@@ -254,79 +269,4 @@ fn pss_mb(process: &Process) -> Result<f64> {
         .with_context(|| format!("{path} has no Pss"))?;
     let kilobytes: f64 = line.split_whitespace().nth(1).context("no figure")?.parse()?;
     Ok(kilobytes * 1024.0 / MB)
-}
-
-#[derive(Default)]
-struct Samples(Vec<f64>);
-
-impl Samples {
-    fn add(&mut self, sample: f64) {
-        self.0.push(sample);
-        self.0.sort_by(f64::total_cmp);
-    }
-
-    fn median(&self) -> f64 {
-        let middle = self.0.len() / 2;
-        if self.0.len() % 2 == 1 {
-            self.0[middle]
-        } else {
-            f64::midpoint(self.0[middle - 1], self.0[middle])
-        }
-    }
-
-    fn min(&self) -> f64 {
-        self.0[0]
-    }
-
-    fn max(&self) -> f64 {
-        self.0[self.0.len() - 1]
-    }
-}
-
-#[derive(Default)]
-struct Table {
-    rows: Vec<[String; 5]>,
-    figures: Map<String, Value>,
-}
-
-impl Table {
-    fn figure(&mut self, key: &str, what: &str, unit: &str, value: f64, limit: Option<f64>) {
-        self.row(key, what, unit, value, String::new(), limit);
-    }
-
-    fn samples(&mut self, key: &str, what: &str, unit: &str, samples: &Samples, limit: Option<f64>) {
-        let range = format!("{:.2} to {:.2}", samples.min(), samples.max());
-        self.row(key, what, unit, samples.median(), range, limit);
-    }
-
-    fn ratio(&mut self, key: &str, what: &str, over: &Samples, under: &Samples, limit: f64) {
-        let range = format!("{:.2} to {:.2}", over.min() / under.max(), over.max() / under.min());
-        self.row(key, what, "", over.median() / under.median(), range, Some(limit));
-    }
-
-    fn row(&mut self, key: &str, what: &str, unit: &str, value: f64, range: String, limit: Option<f64>) {
-        self.figures
-            .insert(key.to_owned(), json!((value * 1000.0).round() / 1000.0));
-        let limit = limit.map(|limit| {
-            let word = if value <= limit { "held" } else { "MISSED" };
-            format!("at most {limit}: {word}")
-        });
-        let value = format!("{value:.2} {unit}");
-        self.rows
-            .push([key.to_owned(), what.to_owned(), value, range, limit.unwrap_or_default()]);
-    }
-
-    fn print(&self) {
-        println!(
-            "{:<20} {:<60} {:>11}  {:<16} goal",
-            "figure", "what", "median", "min to max"
-        );
-        for [key, what, value, range, limit] in &self.rows {
-            println!("{key:<20} {what:<60} {:>11}  {range:<16} {limit}", value.trim_end());
-        }
-    }
-
-    fn json(&self) -> Value {
-        Value::Object(self.figures.clone())
-    }
 }
