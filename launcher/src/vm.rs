@@ -63,15 +63,21 @@ impl Vm {
     /// # Errors
     /// Of [`VmError`]; one for a guest that did not come up carries the last lines of its console.
     pub async fn start(config: &Config, machine: Machine) -> Result<Self, VmError> {
-        boot::start(config, machine, None).await
+        boot::start(config, machine, None, std::future::pending()).await
     }
 
-    /// As [`Vm::start`], and `watcher` gets what the guest prints from the first byte on.
+    /// As [`Vm::start`], and `watcher` gets what the guest prints from the first byte on. When `interruption` is there before
+    /// the agent answers, everything that was made is undone, and nothing else is touched, before this answers.
     ///
     /// # Errors
-    /// As there.
-    pub async fn start_watched(config: &Config, machine: Machine, watcher: Watcher) -> Result<Self, VmError> {
-        boot::start(config, machine, Some(watcher)).await
+    /// As there; [`VmError::Cancelled`] after the interruption.
+    pub async fn start_unless(
+        interruption: impl Future<Output = ()>,
+        config: &Config,
+        machine: Machine,
+        watcher: Option<Watcher>,
+    ) -> Result<Self, VmError> {
+        boot::start(config, machine, watcher, interruption).await
     }
 
     pub fn id(&self) -> &MachineId {

@@ -17,10 +17,10 @@ use nix::{
     fcntl::{FcntlArg, SealFlag, fcntl},
     sys::memfd::{MFdFlags, memfd_create},
 };
-use tokio::{sync::watch, time::Instant};
+use tokio::{sync::watch, task::JoinError, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::{Vm, remains, watch::Watch};
+use super::{DestroyError, Vm, remains, watch::Watch};
 use crate::{
     accel::{self, AccelError, Acceleration},
     agent::{AgentClient, AgentError},
@@ -98,6 +98,8 @@ pub enum VmError {
     Ended { reason: String, console: String },
     #[error("the start was given up")]
     Cancelled,
+    #[error(transparent)]
+    Destroy(#[from] DestroyError),
 }
 
 impl VmError {
@@ -105,19 +107,42 @@ impl VmError {
         let what = what.into();
         move |source| Self::Io { what, source }
     }
+
+    fn task(error: JoinError) -> Self {
+        Self::io("the machine's start")(io::Error::other(error))
+    }
 }
 
-/// Starts the machine in a task of its own: when the caller goes away, the task still undoes what it has made.
-pub(super) async fn start(config: &Config, machine: Machine, watcher: Option<Watcher>) -> Result<Vm, VmError> {
+/// Starts the machine in a task of its own: when the caller goes away, the task still undoes what it has made. When
+/// `interruption` is there first, it does so before this answers.
+pub(super) async fn start(
+    config: &Config,
+    machine: Machine,
+    watcher: Option<Watcher>,
+    interruption: impl Future<Output = ()>,
+) -> Result<Vm, VmError> {
     let given_up = CancellationToken::new();
     let guard = given_up.clone().drop_guard();
-    let task = tokio::spawn(start_or_undo(config.clone(), machine, watcher, given_up));
-    let result = match task.await {
-        Ok(result) => result,
-        Err(error) => Err(VmError::io("the machine's start")(io::Error::other(error))),
+    let mut task = tokio::spawn(start_or_undo(config.clone(), machine, watcher, given_up));
+    let ended = tokio::select! {
+        ended = &mut task => ended,
+        () = interruption => {
+            drop(guard);
+            return interrupted(task.await).await;
+        }
     };
     guard.disarm();
-    result
+    ended.unwrap_or_else(|error| Err(VmError::task(error)))
+}
+
+/// The outcome of a start that was given up, which may have come too late for it.
+async fn interrupted(ended: Result<Result<Vm, VmError>, JoinError>) -> Result<Vm, VmError> {
+    match ended {
+        Ok(Ok(vm)) => vm.shutdown(Duration::ZERO).await?,
+        Ok(Err(error)) => return Err(error),
+        Err(error) => return Err(VmError::task(error)),
+    }
+    Err(VmError::Cancelled)
 }
 
 async fn start_or_undo(
@@ -126,7 +151,10 @@ async fn start_or_undo(
     watcher: Option<Watcher>,
     given_up: CancellationToken,
 ) -> Result<Vm, VmError> {
-    let plan = plan(&config, &machine).await?;
+    let plan = tokio::select! {
+        plan = plan(&config, &machine) => plan?,
+        () = given_up.cancelled() => return Err(VmError::Cancelled),
+    };
     let state = StateDir::create(&config.state_dir, &machine.id)?;
     let mut record = Record {
         id: machine.id.to_string(),

@@ -16,7 +16,7 @@ use coreos_kvm_launcher::{
     guest::Guest,
     machine::{Configuration, Machine, MachineId, Network},
     size::Size,
-    vm::{self, Vm},
+    vm::{Vm, VmError},
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -114,28 +114,13 @@ pub(crate) struct Run {
 impl Run {
     pub(crate) async fn run(self, config: &Config) -> anyhow::Result<ExitCode> {
         let machine = self.machine(config)?;
-        let id = machine.id.clone();
         let mut interruption = Interruption::new()?;
         let (console, shown) = if self.until_ready { (None, None) } else { show()? };
         let begin = Instant::now();
-        let start = async {
-            match console {
-                Some(console) => Vm::start_watched(config, machine, console).await,
-                None => Vm::start(config, machine).await,
-            }
-        };
-        let vm = tokio::select! {
-            vm = start => Some(vm),
-            () = interruption.came() => None,
-        };
-        let outcome = match vm {
-            Some(Ok(vm)) => self.stay(&vm, begin, &mut interruption).await,
-            Some(Err(error)) => Err(error.into()),
-            // The start is being undone, but this process must not end before it is.
-            None => match vm::destroy(&config.state_dir, &id).await {
-                Ok(()) => Err(anyhow::anyhow!("interrupted before the machine was up")),
-                Err(error) => Err(error.into()),
-            },
+        let outcome = match Vm::start_unless(interruption.came(), config, machine, console).await {
+            Ok(vm) => self.stay(&vm, begin, &mut interruption).await,
+            Err(VmError::Cancelled) => Err(anyhow::anyhow!("interrupted before the machine was up")),
+            Err(error) => Err(error.into()),
         };
         if let Some(shown) = shown {
             // Whoever reads that late has gone.
