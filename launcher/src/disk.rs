@@ -54,16 +54,18 @@ pub enum DiskError {
     },
     #[error("the disk {} is in use by another machine: end that one, or name another file", path.display())]
     InUse { path: PathBuf },
+    #[error("the disk {} has {size}, too small for the guest, which needs at least {min}: name another file", path.display())]
+    TooSmall { path: PathBuf, size: Size, min: Size },
     #[error("{} is no disk image: a file of whole {SECTOR}-byte sectors is expected", path.display())]
     NoImage { path: PathBuf },
 }
 
 /// Opens the disk for reading and writing; of a file, nobody else gets it as long as the descriptor, or one inherited
-/// from it, is open.
+/// from it, is open. A file that exists has to have `min`.
 ///
 /// # Errors
 /// Of [`DiskError`].
-pub fn open(disk: &Disk) -> Result<File, DiskError> {
+pub fn open(disk: &Disk, min: Size) -> Result<File, DiskError> {
     match &disk.storage {
         Storage::Ephemeral => {
             let folder = std::env::var_os("TMPDIR")
@@ -75,17 +77,17 @@ pub fn open(disk: &Disk) -> Result<File, DiskError> {
                 source,
             })
         }
-        Storage::File(path) => named(path, disk.size),
+        Storage::File(path) => named(path, disk.size, min),
     }
 }
 
 fn nameless(folder: &Path, size: Size) -> io::Result<File> {
     let file = tempfile::tempfile_in(folder)?;
-    file.set_len(size.bytes())?;
+    file.set_len(whole(size))?;
     Ok(file)
 }
 
-fn named(path: &Path, size: Size) -> Result<File, DiskError> {
+fn named(path: &Path, size: Size, min: Size) -> Result<File, DiskError> {
     let failed = |source| DiskError::Open {
         path: path.to_owned(),
         source,
@@ -110,10 +112,23 @@ fn named(path: &Path, size: Size) -> Result<File, DiskError> {
         Err(rustix::io::Errno::WOULDBLOCK) => return Err(DiskError::InUse { path: path.to_owned() }),
         Err(error) => return Err(failed(error.into())),
     }
-    if file.metadata().map_err(failed)?.len() == 0 {
-        file.set_len(size.bytes()).map_err(failed)?;
+    match Size::from_bytes(file.metadata().map_err(failed)?.len()) {
+        None => file.set_len(whole(size)).map_err(failed)?,
+        Some(size) if size < min => {
+            return Err(DiskError::TooSmall {
+                path: path.to_owned(),
+                size,
+                min,
+            });
+        }
+        Some(_) => {}
     }
     Ok(file)
+}
+
+/// In bytes, up to a whole sector.
+fn whole(size: Size) -> u64 {
+    size.bytes().next_multiple_of(SECTOR)
 }
 
 #[cfg(test)]
@@ -121,6 +136,8 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use super::*;
+
+    const MIN: Size = Size::from_mib(64);
 
     fn disk(path: &Path) -> Disk {
         Disk {
@@ -142,16 +159,16 @@ mod tests {
     fn a_named_disk_is_made_once_and_used_by_one() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk.img");
-        let first = open(&disk(&path)).unwrap();
+        let first = open(&disk(&path), MIN).unwrap();
         assert_eq!(first.metadata().unwrap().len(), 64 << 20);
-        assert!(matches!(open(&disk(&path)), Err(DiskError::InUse { .. })));
+        assert!(matches!(open(&disk(&path), MIN), Err(DiskError::InUse { .. })));
         drop(first);
         let larger = Disk {
             size: Size::from_mib(128),
             ..disk(&path)
         };
         assert_eq!(
-            open(&larger).unwrap().metadata().unwrap().len(),
+            open(&larger, MIN).unwrap().metadata().unwrap().len(),
             64 << 20,
             "it keeps its size"
         );
@@ -160,10 +177,39 @@ mod tests {
     #[test]
     fn what_is_no_image_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(matches!(open(&disk(folder.path())), Err(DiskError::NoImage { .. })));
+        assert!(matches!(
+            open(&disk(folder.path()), MIN),
+            Err(DiskError::NoImage { .. })
+        ));
         let path = folder.path().join("notes.txt");
         std::fs::write(&path, "not a disk").unwrap();
-        assert!(matches!(open(&disk(&path)), Err(DiskError::NoImage { .. })));
+        assert!(matches!(open(&disk(&path), MIN), Err(DiskError::NoImage { .. })));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "not a disk");
+    }
+
+    #[test]
+    fn a_disk_has_whole_sectors_and_is_taken_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.img");
+        let odd = Disk {
+            size: "1000000001".parse().unwrap(),
+            ..disk(&path)
+        };
+        for _ in 0..2 {
+            assert_eq!(open(&odd, MIN).unwrap().metadata().unwrap().len(), 1_000_000_512);
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_too_small_is_no_disk_for_the_guest() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.img");
+        std::fs::write(&path, [0; 512]).unwrap();
+        let error = open(&disk(&path), MIN).unwrap_err().to_string();
+        assert!(
+            error.contains("has 512 bytes, too small for the guest, which needs at least 64M"),
+            "{error}"
+        );
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 512);
     }
 }

@@ -99,6 +99,8 @@ pub enum MachineError {
         guest: String,
         min_memory_mib: u64,
     },
+    #[error("{memory_mib} MiB of memory are too much: at most {MEMORY_MIB_MAX} MiB (16 TiB) are possible")]
+    TooMuchMemory { memory_mib: u64 },
     #[error("a disk of {size} is too small: the guest {guest:?} needs at least {min}")]
     DiskTooSmall { size: Size, guest: String, min: Size },
     #[error("a disk of {size} is too large: at most {DISK_MAX} are possible")]
@@ -108,6 +110,9 @@ pub enum MachineError {
     #[error("the kernel arguments have {length} bytes; at most {KERNEL_ARGUMENTS_MAX} reach the kernel")]
     KernelArguments { length: usize },
 }
+
+/// What a machine's memory can be, in MiB: 16 TiB.
+pub const MEMORY_MIB_MAX: u64 = 16 << 20;
 
 /// A disk smaller than this has no room for a file system that is worth having.
 const DISK_MIN: Size = Size::from_mib(64);
@@ -121,7 +126,7 @@ impl Machine {
     /// Whether such a machine can be started.
     ///
     /// # Errors
-    /// When it has no processor, less memory than its guest needs, or arguments that the kernel would read otherwise.
+    /// When it has no processor, less memory than its guest needs or more than there can be, a disk without room, or arguments that the kernel would read otherwise.
     pub fn check(&self) -> Result<(), MachineError> {
         if self.vcpus == 0 {
             return Err(MachineError::NoProcessor);
@@ -131,6 +136,11 @@ impl Machine {
                 memory_mib: self.memory_mib,
                 guest: self.guest.name.clone(),
                 min_memory_mib: self.guest.min_memory_mib,
+            });
+        }
+        if self.memory_mib > MEMORY_MIB_MAX {
+            return Err(MachineError::TooMuchMemory {
+                memory_mib: self.memory_mib,
             });
         }
         self.check_disk()?;
@@ -151,13 +161,17 @@ impl Machine {
 }
 
 impl Machine {
-    /// A disk has at least the room of the image that it is to hold changes of.
+    /// What its disk has to have: the room of the image that it is to hold changes of.
+    pub fn disk_min(&self) -> Size {
+        let image = std::fs::metadata(&self.guest.root).map_or(0, |image| image.len());
+        DISK_MIN.max(Size::from_mib(image.div_ceil(1 << 20)))
+    }
+
     fn check_disk(&self) -> Result<(), MachineError> {
         let Some(Disk { size, .. }) = self.disk else {
             return Ok(());
         };
-        let image = std::fs::metadata(&self.guest.root).map_or(0, |image| image.len());
-        let min = DISK_MIN.max(Size::from_mib(image.div_ceil(1 << 20)));
+        let min = self.disk_min();
         if size < min {
             return Err(MachineError::DiskTooSmall {
                 size,
@@ -252,6 +266,16 @@ pub(crate) mod tests {
             error,
             "64 MiB of memory are too little: the guest \"reference\" needs at least 192 MiB"
         );
+    }
+
+    #[test]
+    fn no_machine_has_more_memory_than_can_be_said() {
+        let machine = Machine {
+            memory_mib: MEMORY_MIB_MAX + 1,
+            ..machine()
+        };
+        let error = machine.check().unwrap_err().to_string();
+        assert!(error.contains("too much: at most 16777216 MiB (16 TiB)"), "{error}");
     }
 
     #[rstest::rstest]

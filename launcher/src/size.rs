@@ -27,6 +27,11 @@ impl Size {
         Self(mib << 20)
     }
 
+    /// So many bytes, if any.
+    pub const fn from_bytes(bytes: u64) -> Option<Self> {
+        if bytes == 0 { None } else { Some(Self(bytes)) }
+    }
+
     /// In bytes.
     pub const fn bytes(self) -> u64 {
         self.0

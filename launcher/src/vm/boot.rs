@@ -220,7 +220,8 @@ async fn plan(config: &Config, machine: &Machine) -> Result<Plan, VmError> {
     if let Network::User { forwards } = &machine.network {
         forward::check(forwards)?;
     }
-    let data_disk = machine.disk.as_ref().map(disk::open).transpose()?;
+    let data_disk = machine.disk.as_ref();
+    let data_disk = data_disk.map(|disk| disk::open(disk, machine.disk_min())).transpose()?;
     if !config.agent_disk.is_file() {
         return Err(VmError::AgentDisk {
             path: config.agent_disk.clone(),
