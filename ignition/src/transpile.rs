@@ -66,11 +66,25 @@ pub fn transpile(text: &str, options: &Options<'_>) -> Result<Transpiled, Report
     Ok(Transpiled { config, kind, report })
 }
 
-fn read(text: &str, options: &Options<'_>) -> Result<(Kind, Config, Report), Report> {
-    // Kubernetes and editors put it there.
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let mut report = Report::default();
-    let said = options.kind.or_else(|| Kind::of_first_line(text));
+impl Kind {
+    /// The language of a text, told from its content, of which nothing more is checked.
+    ///
+    /// # Errors
+    /// When it is in none, or too long, or no YAML or JSON.
+    pub fn of(text: &str) -> Result<Self, Report> {
+        tree(text, None, &mut Report::default()).map(|(kind, _)| kind)
+    }
+}
+
+/// Without a byte order mark: Kubernetes and editors put it there.
+fn without_mark(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text)
+}
+
+/// The tree of a text, and its language: the one that is `said`, else what its content tells.
+fn tree(text: &str, said: Option<Kind>, report: &mut Report) -> Result<(Kind, Node), Report> {
+    let text = without_mark(text);
+    let said = said.or_else(|| Kind::of_first_line(text));
     if let Some(kind) = said {
         cloud_config::check_first_line(kind, text)?;
     }
@@ -79,14 +93,20 @@ fn read(text: &str, options: &Options<'_>) -> Result<(Kind, Config, Report), Rep
             text::check_length(text)?;
             Node::ours(text)
         }
-        Some(Kind::Ignition) => text::parse_json(text, &mut report)?,
-        Some(_) => text::parse_yaml(text, &mut report)?,
-        None => text::parse(text, &mut report)?,
+        Some(Kind::Ignition) => text::parse_json(text, report)?,
+        Some(_) => text::parse_yaml(text, report)?,
+        None => text::parse(text, report)?,
     };
     let kind = match said {
         Some(kind) => kind,
         None => Kind::of_tree(&tree)?,
     };
+    Ok((kind, tree))
+}
+
+fn read(text: &str, options: &Options<'_>) -> Result<(Kind, Config, Report), Report> {
+    let mut report = Report::default();
+    let (kind, tree) = tree(text, options.kind, &mut report)?;
     let (version, root) = match kind {
         Kind::Ignition => {
             let (config, report) = Config::from_raw(tree, report)?;
@@ -105,6 +125,7 @@ fn read(text: &str, options: &Options<'_>) -> Result<(Kind, Config, Report), Rep
     let mut found = Report::default();
     let config = Config::from_translation(version, root, &mut found);
     if !found.is_empty() {
+        let text = without_mark(text);
         // Read once more rather than kept: most configurations are right.
         let source = text::parse(text, &mut Report::default()).unwrap_or_default();
         report.append(found.in_the_words_of(&source, config.root()));
