@@ -8,6 +8,7 @@ mod common;
 use std::{
     fs,
     io::{BufRead, BufReader, Read},
+    os::unix::fs::PermissionsExt,
     path::PathBuf,
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::mpsc::{Receiver, channel},
@@ -15,6 +16,7 @@ use std::{
 };
 
 use common::Place;
+use coreos_kvm_launcher::state::StateDir;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -29,6 +31,16 @@ const END: Duration = Duration::from_secs(35);
 /// What a description that cannot be may take to be refused.
 const REFUSAL: Duration = Duration::from_secs(10);
 
+const VARIABLES: [&str; 7] = [
+    "VM_NAME",
+    "VM_MEMORY",
+    "VM_DISK_SIZE",
+    "CONFIG_FILE",
+    "IGNITION_CONFIG_FILE",
+    "CLOUD_CONFIG_FILE",
+    "HOSTFWD",
+];
+
 /// A place with the files that the command reads.
 struct Desk {
     place: Place,
@@ -39,14 +51,28 @@ impl Desk {
     async fn new() -> Self {
         let place = Place::new().await;
         let folder = tempfile::tempdir().unwrap();
-        let config = &place.config;
-        let text = format!(
-            "guests_dir = {:?}\nagent_disk = {:?}\nstate_dir = {:?}\nvirtiofsd = {:?}\nvhost_device_vsock = {:?}\n",
-            config.guests_dir, config.agent_disk, config.state_dir, config.virtiofsd, config.vhost_device_vsock
-        );
         let desk = Self { place, folder };
-        desk.file("config.toml", &text);
+        desk.configure("");
         desk
+    }
+
+    /// Writes the configuration, in which `more` comes first.
+    fn configure(&self, more: &str) {
+        let config = &self.place.config;
+        let keys = [
+            ("guests_dir", &config.guests_dir),
+            ("agent_disk", &config.agent_disk),
+            ("state_dir", &config.state_dir),
+            ("virtiofsd", &config.virtiofsd),
+            ("vhost_device_vsock", &config.vhost_device_vsock),
+        ];
+        let mut text = more.to_owned();
+        for (key, path) in keys {
+            if !more.starts_with(key) {
+                text += &format!("{key} = {path:?}\n");
+            }
+        }
+        self.file("config.toml", &text);
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -68,7 +94,7 @@ impl Desk {
             .arg("--config")
             .arg(self.path("config.toml"))
             .arg(subcommand);
-        for variable in ["CONFIG_FILE", "IGNITION_CONFIG_FILE", "CLOUD_CONFIG_FILE", "HOSTFWD"] {
+        for variable in VARIABLES {
             command.env_remove(variable);
         }
         command
@@ -276,7 +302,9 @@ async fn a_disk_that_stays_is_configured_once_and_keeps_what_was_written() {
     assert_eq!(format!("{second}first boot\n"), first, "the same machine as before");
     assert_eq!(desk.exec("kept", "cat /etc/written /var/lib/written"), "here\nthere\n");
     assert_eq!(desk.exec("kept", "systemctl is-system-running --wait"), "running\n");
-    assert_eq!(machine.end().0.code(), Some(0));
+    let (status, console) = machine.end();
+    assert_eq!(status.code(), Some(0), "{console}");
+    assert!(console.contains("the disk was configured at its first boot"), "{console}");
     desk.assert_nothing_is_left("kept");
 }
 
@@ -342,6 +370,7 @@ async fn a_configuration_of_a_mebibyte_arrives_and_is_not_left_lying_about() {
 #[case::negative_memory(&[("VM_MEMORY", "-1")], "\"-1\" is no size")]
 #[case::endless_memory(&[("VM_MEMORY", "1e99")], "\"1e99\" is no size")]
 #[case::little_memory(&[("VM_MEMORY", "64M")], "64 MiB of memory are too little: the guest \"reference\" needs at least 192 MiB")]
+#[case::huge_memory(&[("VM_MEMORY", "999T")], "1047527424 MiB of memory are too much: at most 16777216 MiB (16 TiB)")]
 #[case::no_disk(&[("VM_DISK_SIZE", "0")], "more than nothing")]
 #[case::negative_disk(&[("VM_DISK_SIZE", "-1")], "\"-1\" is no size")]
 #[case::endless_disk(&[("VM_DISK_SIZE", "1e99")], "\"1e99\" is no size")]
@@ -353,7 +382,8 @@ async fn a_configuration_of_a_mebibyte_arrives_and_is_not_left_lying_about() {
 #[case::a_port_of_root(&[("HOSTFWD", "tcp::22-:22")], "net.ipv4.ip_unprivileged_port_start")]
 #[case::a_strange_address(&[("HOSTFWD", "tcp:192.0.2.1:2222-:22")], "the host has no address 192.0.2.1")]
 #[case::two_configurations(&[("CONFIG_FILE", "/a.yaml"), ("IGNITION_CONFIG_FILE", "/b.ign")], "two are given: CONFIG_FILE (--config-file) is /a.yaml")]
-#[case::no_configuration(&[("CONFIG_FILE", "/nonexistent.yaml")], "reading the configuration /nonexistent.yaml")]
+#[case::no_configuration(&[("CONFIG_FILE", "/nonexistent.yaml")], "the configuration of CONFIG_FILE (--config-file): reading /nonexistent.yaml: ")]
+#[case::an_endless_configuration(&[("CONFIG_FILE", "/dev/zero")], "/dev/zero has more than 16777216 bytes")]
 #[case::no_name(&[("VM_NAME", "a b")], "cannot name a machine")]
 #[tokio::test]
 async fn what_cannot_be_is_refused_in_a_sentence_before_qemu_starts(
@@ -364,6 +394,113 @@ async fn what_cannot_be_is_refused_in_a_sentence_before_qemu_starts(
     let mut command = desk.command("run");
     command.envs(environment.iter().copied());
     refused(&desk, command, expected);
+}
+
+#[rstest]
+#[case(
+    "CONFIG_FILE",
+    "#cloud-config\nhostname: x\n",
+    "which reads as cloud-config: give it as CLOUD_CONFIG_FILE (--cloud-config-file)"
+)]
+#[case(
+    "CONFIG_FILE",
+    "{\"ignition\":{\"version\":\"3.3.0\"}}",
+    "which reads as ignition: give it as IGNITION_CONFIG_FILE (--ignition-config-file)"
+)]
+#[case(
+    "IGNITION_CONFIG_FILE",
+    "variant: fcos\nversion: 1.5.0\n",
+    "which reads as butane: give it as CONFIG_FILE (--config-file)"
+)]
+#[case(
+    "IGNITION_CONFIG_FILE",
+    "#!/bin/sh\n",
+    "which reads as script: give it as CLOUD_CONFIG_FILE (--cloud-config-file)"
+)]
+#[case(
+    "CLOUD_CONFIG_FILE",
+    "passwd: {}\n",
+    "which reads as container-linux-config: give it as CONFIG_FILE (--config-file)"
+)]
+#[tokio::test]
+async fn a_configuration_in_another_language_than_its_variable_says_is_refused(
+    #[case] variable: &str,
+    #[case] text: &str,
+    #[case] expected: &str,
+) {
+    let desk = Desk::new().await;
+    let mut command = desk.command("run");
+    command.env(variable, desk.file("config", text));
+    refused(&desk, command, expected);
+}
+
+#[tokio::test]
+async fn a_variable_that_is_set_to_nothing_means_the_default() {
+    let desk = Desk::new().await;
+    let mut command = desk.command("run");
+    // Everything is right but the last, which is looked at after all the others.
+    command.envs(VARIABLES.map(|variable| (variable, "")));
+    command.arg("--disk").arg(desk.path(""));
+    refused(&desk, command, "is no disk image");
+}
+
+#[tokio::test]
+async fn a_file_that_is_too_small_for_the_guest_is_refused_as_its_disk() {
+    let desk = Desk::new().await;
+    let mut command = desk.command("run");
+    command.args(["--no-network", "--disk"]);
+    command.arg(desk.file("disk.img", &"\0".repeat(512)));
+    refused(
+        &desk,
+        command,
+        "disk.img has 512 bytes, too small for the guest, which needs at least ",
+    );
+}
+
+/// The second time it is opened as it is; what comes after the disk is broken here.
+#[tokio::test]
+async fn a_disk_of_odd_size_is_made_of_whole_sectors() {
+    let desk = Desk::new().await;
+    desk.configure("agent_disk = \"/nonexistent\"\n");
+    for _ in 0..2 {
+        let mut command = desk.command("run");
+        command.args(["--no-network", "--disk-size", "1000000001", "--disk"]);
+        command.arg(desk.path("disk.img"));
+        refused(&desk, command, "the agent's disk /nonexistent is missing");
+        assert_eq!(fs::metadata(desk.path("disk.img")).unwrap().len(), 1_000_000_512);
+    }
+}
+
+#[tokio::test]
+async fn a_start_that_is_interrupted_early_leaves_another_machine_of_that_name_alone() {
+    let desk = Desk::new().await;
+    // QEMU is asked for its version before anything is made.
+    let (asked, qemu) = (desk.path("asked"), desk.path("qemu"));
+    let script = format!("#!/bin/sh\n: >'{}'\nexec sleep 60\n", asked.display());
+    fs::write(&qemu, script).unwrap();
+    fs::set_permissions(&qemu, fs::Permissions::from_mode(0o755)).unwrap();
+    desk.configure(&format!("qemu = {qemu:?}\n"));
+    let theirs = StateDir::create(&desk.place.config.state_dir, &"theirs".parse().unwrap()).unwrap();
+
+    let mut child = desk
+        .command("run")
+        .args(["--name", "theirs", "--no-network"])
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + REFUSAL;
+    while !asked.exists() {
+        assert!(Instant::now() < deadline, "QEMU was not asked");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    kill(Pid::from_raw(child.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+    let status = wait(&mut child, REFUSAL);
+    let output = child.wait_with_output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        status.code() == Some(1) && error.contains("interrupted before the machine was up"),
+        "{error}"
+    );
+    assert!(theirs.path().exists(), "it was another's");
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 mod check;
 mod console;
 mod exec;
+mod input;
 mod local_files;
 mod output;
 mod ps;
@@ -15,7 +16,7 @@ use std::{
 };
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use coreos_kvm_launcher::config::Config;
 
 /// Container Linux machines on this node.
@@ -48,7 +49,7 @@ enum NodeCommand {
     Console(console::Console),
     /// Runs a command in a machine's guest, in the guest's own namespaces, as root.
     Exec(exec::Exec),
-    /// Boots one machine, without network, and stays with it until it ends. For trials and measurements.
+    /// Boots one machine without Kubernetes, with its own network, disk and configuration, and stays with it until it ends.
     Run(run::Run),
 }
 
@@ -63,7 +64,9 @@ fn main() -> ExitCode {
 }
 
 fn start() -> anyhow::Result<ExitCode> {
-    let arguments = Arguments::parse_from(transpile::command_line(std::env::args_os()));
+    let command = Arguments::command().mut_subcommand("run", run::without_empty_variables);
+    let matches = command.get_matches_from(transpile::command_line(std::env::args_os()));
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     match arguments.command {
         Command::Transpile(transpile) => transpile.run(),
         Command::Node(command) => on_node(command, arguments.config.as_deref()),

@@ -1,14 +1,14 @@
 //! `coreos-kvm run`: one machine without Kubernetes, described by flags or by the environment of a container.
 
 use std::{
-    ffi::OsStr,
     path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
-use clap::Args;
+use clap::{Args, Command, builder::Resettable};
+use coreos_kvm_ignition::Kind;
 use coreos_kvm_launcher::{
     config::Config,
     disk::{Disk, Storage},
@@ -24,10 +24,8 @@ use tokio::{
     time::timeout,
 };
 
-use crate::output::Output;
+use crate::{input, output::Output};
 
-/// Longest configuration that is read, in bytes.
-const CONFIGURATION_MAX: u64 = 16 * 1024 * 1024;
 /// Pieces of what the guest prints, of up to 16 KiB, that wait for a slow reader of stdout.
 const PIECES: usize = 256;
 /// What such a reader is given for the rest when the machine has ended.
@@ -191,43 +189,77 @@ impl Run {
         })
     }
 
-    /// The text of the one configuration that is given. A variable that is set to nothing gives none.
+    /// The text of the one configuration that is given.
     fn configuration(&self) -> anyhow::Result<Option<Configuration>> {
-        let all = [
-            ("CONFIG_FILE (--config-file)", &self.config_file),
-            (
-                "IGNITION_CONFIG_FILE (--ignition-config-file)",
-                &self.ignition_config_file,
-            ),
-            ("CLOUD_CONFIG_FILE (--cloud-config-file)", &self.cloud_config_file),
-        ];
+        let all = [&self.config_file, &self.ignition_config_file, &self.cloud_config_file];
         let mut given = all
             .iter()
-            .filter_map(|(name, path)| Some((*name, path.as_deref()?)))
-            .filter(|(_, path)| *path != Path::new(OsStr::new("")));
-        let Some((name, path)) = given.next() else {
+            .zip(&SOURCES)
+            .filter_map(|(path, source)| Some((path.as_deref()?, source)));
+        let Some((path, source)) = given.next() else {
             return Ok(None);
         };
-        if let Some((other, other_path)) = given.next() {
+        if let Some((other_path, other)) = given.next() {
             bail!(
-                "a machine has one configuration, and two are given: {name} is {}, {other} is {}; leave one out",
+                "a machine has one configuration, and two are given: {} is {}, {} is {}; leave one out",
+                source.name,
                 path.display(),
+                other.name,
                 other_path.display()
             );
         }
-        let size = std::fs::metadata(path).map(|file| file.len());
-        let size = size.with_context(|| format!("reading the configuration {}, as {name} has it", path.display()))?;
-        if size > CONFIGURATION_MAX {
-            bail!(
-                "the configuration {} has {size} bytes; at most {CONFIGURATION_MAX} are possible",
-                path.display()
-            );
+        let text = input::read(Some(path)).with_context(|| format!("the configuration of {}", source.name))?;
+        // What is in no language is told when it is translated, with its place.
+        if let Ok(kind) = Kind::of(&text) {
+            source.check(kind, path)?;
         }
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("reading the configuration {}, as {name} has it", path.display()))?;
         let origin = path.display().to_string();
         Ok(Some(Configuration { origin, text }))
     }
+}
+
+/// A variable, or flag, that names a configuration.
+struct Source {
+    name: &'static str,
+    /// The languages that it takes.
+    kinds: [Kind; 2],
+}
+
+const SOURCES: [Source; 3] = [
+    Source {
+        name: "CONFIG_FILE (--config-file)",
+        kinds: [Kind::ContainerLinuxConfig, Kind::Butane],
+    },
+    Source {
+        name: "IGNITION_CONFIG_FILE (--ignition-config-file)",
+        kinds: [Kind::Ignition, Kind::Ignition],
+    },
+    Source {
+        name: "CLOUD_CONFIG_FILE (--cloud-config-file)",
+        kinds: [Kind::CloudConfig, Kind::Script],
+    },
+];
+
+impl Source {
+    fn check(&self, kind: Kind, path: &Path) -> anyhow::Result<()> {
+        match SOURCES.iter().find(|source| source.kinds.contains(&kind)) {
+            Some(right) if !self.kinds.contains(&kind) => bail!(
+                "{} is {}, which reads as {kind}: give it as {}",
+                self.name,
+                path.display(),
+                right.name
+            ),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Of a variable that is set to nothing nothing is known: the default counts.
+pub(crate) fn without_empty_variables(command: Command) -> Command {
+    command.mut_args(|argument| match argument.get_env() {
+        Some(name) if std::env::var_os(name).is_some_and(|value| value.is_empty()) => argument.env(Resettable::Reset),
+        _ => argument,
+    })
 }
 
 /// SIGINT and SIGTERM.

@@ -2,17 +2,17 @@
 
 use std::{
     ffi::OsString,
-    fs::{self, File},
-    io::{self, Read, Write},
+    fs,
+    io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use anyhow::Context;
 use clap::Args;
-use coreos_kvm_ignition::{Config, Kind, NoFiles, Options, Platform, Report, TEXT_MAX, Version, transpile};
+use coreos_kvm_ignition::{Config, Kind, NoFiles, Options, Platform, Report, Version, transpile};
 
-use crate::local_files::LocalFiles;
+use crate::{input, local_files::LocalFiles};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -58,6 +58,9 @@ pub(crate) struct Transpile {
     /// Butane's: the outcome is never wrapped, so there is nothing to do.
     #[arg(short, long, hide = true)]
     raw: bool,
+    /// Butane's: it has nothing more to say.
+    #[arg(short = 'D', long, hide = true)]
+    debug: bool,
 }
 
 /// The command line as `coreos-kvm` reads it: called by the name of one of the tools that it stands in for, it is
@@ -142,26 +145,9 @@ impl Transpile {
             .file
             .as_ref()
             .or(self.in_file.as_ref())
+            .map(PathBuf::as_path)
             .filter(|path| *path != Path::new("-"));
-        let name = path.map_or_else(|| "standard input".to_owned(), |path| path.display().to_string());
-        let reading = || format!("reading {name}");
-        let mut bytes = Vec::new();
-        // One more than is taken: a longer text is refused, not cut.
-        let limit = u64::try_from(TEXT_MAX)? + 1;
-        match path {
-            Some(path) => File::open(path)
-                .with_context(reading)?
-                .take(limit)
-                .read_to_end(&mut bytes),
-            None => io::stdin().lock().take(limit).read_to_end(&mut bytes),
-        }
-        .with_context(reading)?;
-        String::from_utf8(bytes).map_err(|error| {
-            anyhow::anyhow!(
-                "{name} is not text: byte {} is not UTF-8",
-                error.utf8_error().valid_up_to()
-            )
-        })
+        input::read(path)
     }
 
     fn write(&self, config: &Config) -> anyhow::Result<()> {
