@@ -7,7 +7,7 @@ pub(crate) mod url;
 use std::collections::HashSet;
 
 use crate::{
-    node::Node,
+    node::{Node, Value},
     report::{Place, Report},
 };
 
@@ -190,20 +190,40 @@ impl<'a> Once<'a> {
     }
 
     /// Elements whose keys were seen before.
-    pub(crate) fn list(&mut self, list: Option<&Node>, place: &Place<'_>, key: impl Fn(&Node) -> Option<String>) {
+    pub(crate) fn list(&mut self, list: Option<&Node>, place: &Place<'_>, key: Key) {
         for (index, item) in list.map(Node::items).unwrap_or_default().iter().enumerate() {
-            let Some(key) = key(item) else { continue };
-            if self.seen.contains(&key) {
-                let what = if key.is_empty() {
-                    String::new()
-                } else {
-                    format!(": {}", shortened(&key))
+            let Some(text) = key.of(item) else { continue };
+            if self.seen.contains(text) {
+                let what = match key {
+                    Key::Name(_) if !text.is_empty() => format!(": {}", shortened(text)),
+                    _ => String::new(),
                 };
                 let message = format!("is there twice{what}");
                 self.report.error(item, &place.index(index), message);
             } else {
-                self.seen.insert(key);
+                self.seen.insert(text.to_owned());
             }
+        }
+    }
+}
+
+/// What two elements of a list may not have in common.
+#[derive(Clone, Copy)]
+pub(crate) enum Key {
+    /// The element, which is a text.
+    Itself,
+    /// The name or path at this key.
+    Name(&'static str),
+    /// The URL at this key. A report does not quote it: it may be the contents, or name a password.
+    Source(&'static str),
+}
+
+impl Key {
+    /// An element that is no map has no name.
+    fn of(self, node: &Node) -> Option<&str> {
+        match self {
+            Self::Itself => node.as_text(),
+            Self::Name(key) | Self::Source(key) => matches!(node.value, Value::Map(_)).then(|| text(node, key)),
         }
     }
 }

@@ -258,27 +258,17 @@ fn differs_by_one(one: &str, other: &str) -> bool {
     }
 }
 
-fn what(value: &Value) -> String {
+/// What kind of thing a value is. The value itself is not said: a configuration holds secrets, and more people read a report.
+fn what(value: &Value) -> &'static str {
     match value {
-        Value::Null => "nothing".to_owned(),
-        Value::Bool(value) => value.to_string(),
-        Value::Int(number) => number.to_string(),
-        Value::Text(text) => format!("the text {:?}", shortened(text)),
-        Value::Plain(text) => format!("`{}`", shortened(text)),
-        Value::List(_) => "a list".to_owned(),
-        Value::Map(_) => "a map".to_owned(),
-    }
-}
-
-/// Enough of a text to know it again: a configuration may hold secrets, and a report is read by more people.
-fn shortened(text: &str) -> String {
-    const LENGTH: usize = 24;
-    let mut chars = text.chars();
-    let begin: String = chars.by_ref().take(LENGTH).collect();
-    if chars.next().is_some() {
-        format!("{begin}…")
-    } else {
-        begin
+        Value::Null => "nothing",
+        Value::Bool(_) => "true or false",
+        Value::Int(_) => "a number",
+        Value::Plain(text) if parse_bool(text).is_some() => "true or false",
+        Value::Plain(text) if parse_int(text).is_some() || text.parse::<f64>().is_ok() => "a number",
+        Value::Text(_) | Value::Plain(_) => "a text",
+        Value::List(_) => "a list",
+        Value::Map(_) => "a map",
     }
 }
 
@@ -341,12 +331,29 @@ mod tests {
             shaped("files:\n  - {mode: \"0644\"}\n  - {paths: /a, overwrite: true}\nnames: {}\nnothing: 1\n");
         assert_eq!(
             report,
-            "error: line 2, column 12: files.0.mode: an integer is expected here, not the text \"0644\"\n\
+            "error: line 2, column 12: files.0.mode: an integer is expected here, not a text\n\
              warning: line 3, column 6: files.1.paths: is no key of 1.1 and is passed over; is `path` meant?\n\
              warning: line 3, column 17: files.1.overwrite: is not in 1.1: it came with 1.2\n\
              error: line 4, column 8: names: a list is expected here, not a map\n\
              warning: line 5, column 1: nothing: is no key of 1.1 and is passed over"
         );
+    }
+
+    #[rstest::rstest]
+    #[case("files: s3cret", "files: a list is expected here, not a text")]
+    #[case("files: [s3cret]", "files.0: a map is expected here, not a text")]
+    #[case(
+        "files: [{mode: \"s3cret\"}]",
+        "files.0.mode: an integer is expected here, not a text"
+    )]
+    #[case(
+        "files: [{mode: yes}]",
+        "files.0.mode: an integer is expected here, not true or false"
+    )]
+    #[case("files: 3.5", "files: a list is expected here, not a number")]
+    fn a_report_does_not_quote_values(#[case] text: &str, #[case] expected: &str) {
+        let (_, report) = shaped(text);
+        assert!(report.ends_with(expected), "{report}");
     }
 
     #[rstest::rstest]

@@ -30,8 +30,13 @@ pub(super) fn resolve(text: &str, platform: Option<Platform>) -> Result<String, 
         let variables = platform.variables();
         let Some((_, variable)) = variables.iter().find(|(known, _)| *known == name) else {
             let known: Vec<_> = variables.iter().map(|(known, _)| format!("{{{known}}}")).collect();
+            // Other braces may be a part of anything, which is not for a report.
+            let said = match Platform::Custom.variables().iter().find(|(known, _)| *known == name) {
+                Some((known, _)) => format!("{{{known}}}"),
+                None => "what is in braces".to_owned(),
+            };
             return Err(format!(
-                "{{{name}}} is nothing that {platform} tells of a machine: {} are",
+                "{said} is nothing that {platform} tells of a machine: {} are",
                 known.join(", ")
             ));
         };

@@ -35,7 +35,7 @@ pub(crate) fn parse(text: &str) -> Result<Unit, String> {
                     .ok_or("no `]` follows the `[` that begins a section's name")?;
                 reader.check_line()?;
                 if !is_blank(reader.line()) {
-                    return Err(format!("something follows the name of the section [{}]", lossy(name)));
+                    return Err("something follows the `]` after a section's name".to_owned());
                 }
                 section = Some(if name == b"Install" { "Install" } else { "" });
             }
@@ -112,10 +112,6 @@ pub(crate) fn check_networkd_name(name: &str) -> Result<(), String> {
 fn suffix(name: &str) -> &str {
     let last = name.rsplit('/').next().unwrap_or_default();
     last.rfind('.').map_or("", |dot| &last[dot..])
-}
-
-fn lossy(bytes: &[u8]) -> String {
-    super::shortened(&String::from_utf8_lossy(bytes))
 }
 
 /// The library with which Ignition reads refuses a long line, but only where it happens to have all of it in its buffer. A

@@ -152,6 +152,9 @@ impl Url<'_> {
     }
 }
 
+/// Schemes that any version fetches from.
+const KNOWN: [&str; 7] = ["http", "https", "tftp", "s3", "gs", "arn", "oem"];
+
 /// Whether Ignition fetches from there.
 ///
 /// # Errors
@@ -165,7 +168,9 @@ pub(crate) fn check_source(text: &str, schemes: &[&str]) -> Result<(), String> {
             let what = if scheme.is_empty() {
                 "has no scheme".to_owned()
             } else {
-                format!("{scheme} is none of its schemes")
+                // Any other may be the beginning of something that nobody but the user should see.
+                let said = if KNOWN.contains(&scheme) { scheme } else { "that" };
+                format!("{said} is none of its schemes")
             };
             Err(format!("{what}: data, {known} are what this version fetches from"))
         }

@@ -9,9 +9,9 @@ mod resource;
 mod units;
 
 use crate::{
-    node::{Node, Value},
+    node::Node,
     report::{Place, Report},
-    rules::{Once, contents::Inspector, text},
+    rules::{Key, Once, contents::Inspector},
 };
 
 /// Checks a configuration that was held against [`super::LANGUAGE`].
@@ -47,7 +47,7 @@ impl Check<'_> {
     }
 
     /// Elements of the list that have the key of an earlier one.
-    fn once(&mut self, list: Option<&Node>, place: &Place<'_>, key: impl Fn(&Node) -> Option<String>) {
+    fn once(&mut self, list: Option<&Node>, place: &Place<'_>, key: Key) {
         Once::new(self.report).list(list, place, key);
     }
 
@@ -55,19 +55,9 @@ impl Check<'_> {
         let place = Place::ROOT.key("kernelArguments");
         let mut once = Once::new(self.report);
         for key in ["shouldExist", "shouldNotExist"] {
-            once.list(root.find(&["kernelArguments", key]), &place.key(key), itself);
+            once.list(root.find(&["kernelArguments", key]), &place.key(key), Key::Itself);
         }
     }
-}
-
-/// The key of a list's element that is a text.
-fn itself(node: &Node) -> Option<String> {
-    node.as_text().map(str::to_owned)
-}
-
-/// The key of a list's element that has it at this name; an element that is none has no key.
-fn named(name: &str) -> impl Fn(&Node) -> Option<String> {
-    move |node| matches!(node.value, Value::Map(_)).then(|| text(node, name).to_owned())
 }
 
 #[cfg(test)]

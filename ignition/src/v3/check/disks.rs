@@ -2,11 +2,11 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::{Check, itself, named};
+use super::Check;
 use crate::{
     node::{Node, Value},
     report::Place,
-    rules::{self, at, int, is_false, is_true, text},
+    rules::{self, Key, at, int, is_false, is_true, text},
 };
 
 impl Check<'_> {
@@ -28,7 +28,7 @@ impl Check<'_> {
                 self.partitions(partitions, &place.key("partitions"));
             }
         }
-        self.once(Some(disks), &place, named("device"));
+        self.once(Some(disks), &place, Key::Name("device"));
     }
 
     fn partitions(&mut self, list: &Node, place: &Place<'_>) {
@@ -118,9 +118,9 @@ impl Check<'_> {
                     self.expect(device, &place.index(index), rules::absolute_and_clean(path));
                 }
             }
-            self.once(devices, &place, itself);
+            self.once(devices, &place, Key::Itself);
         }
-        self.once(Some(list), &place, named("name"));
+        self.once(Some(list), &place, Key::Name("name"));
     }
 
     pub(super) fn filesystems(&mut self, root: &Node) {
@@ -145,7 +145,7 @@ impl Check<'_> {
                 self.report.warning(node, &place, message);
             }
         }
-        self.once(Some(list), &place, named("device"));
+        self.once(Some(list), &place, Key::Name("device"));
     }
 
     fn filesystem(&mut self, filesystem: &Node, place: &Place<'_>) {

@@ -1,10 +1,10 @@
 //! Encrypted devices.
 
-use super::{Check, itself, named};
+use super::Check;
 use crate::{
     node::Node,
     report::Place,
-    rules::{self, at, int, is_true, text, url},
+    rules::{self, Key, at, int, is_true, text, url},
 };
 
 /// LUKS2 has 48 bytes for it, one of which ends it.
@@ -20,7 +20,7 @@ impl Check<'_> {
         for (index, item) in list.items().iter().enumerate() {
             self.encrypted(item, &place.index(index));
         }
-        self.once(Some(list), &place, named("name"));
+        self.once(Some(list), &place, Key::Name("name"));
     }
 
     fn encrypted(&mut self, item: &Node, place: &Place<'_>) {
@@ -38,7 +38,7 @@ impl Check<'_> {
         if let Some(key_file) = key_file {
             self.resource(key_file, &place.key("keyFile"));
         }
-        self.once(item.get("openOptions"), &place.key("openOptions"), itself);
+        self.once(item.get("openOptions"), &place.key("openOptions"), Key::Itself);
         if let Some(clevis) = item.get("clevis") {
             self.clevis(clevis, &place.key("clevis"));
         }
@@ -68,7 +68,7 @@ impl Check<'_> {
         for (index, server) in tang.map(Node::items).unwrap_or_default().iter().enumerate() {
             self.tang(server, &place.index(index));
         }
-        self.once(tang, &place, named("url"));
+        self.once(tang, &place, Key::Source("url"));
     }
 
     fn custom(&mut self, custom: &Node, place: &Place<'_>) {

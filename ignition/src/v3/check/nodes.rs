@@ -2,11 +2,11 @@
 
 use std::collections::HashSet;
 
-use super::{Check, named};
+use super::Check;
 use crate::{
     node::{Node, Value},
     report::Place,
-    rules::{self, Once, at, int, is_true, text},
+    rules::{self, Key, Once, at, int, is_true, text},
 };
 
 const LISTS: [&str; 3] = ["directories", "files", "links"];
@@ -40,7 +40,7 @@ impl Check<'_> {
         }
         let mut once = Once::new(self.report);
         for list in LISTS {
-            once.list(storage.get(list), &place.key(list), named("path"));
+            once.list(storage.get(list), &place.key(list), Key::Name("path"));
         }
     }
 

@@ -1,7 +1,11 @@
 //! Users and groups.
 
-use super::{Check, itself, named};
-use crate::{node::Node, report::Place, rules::text};
+use super::Check;
+use crate::{
+    node::Node,
+    report::Place,
+    rules::{Key, text},
+};
 
 impl Check<'_> {
     pub(super) fn passwd(&mut self, root: &Node) {
@@ -17,10 +21,10 @@ impl Check<'_> {
                     self.report.warning(item, &place.key("name"), "is missing");
                 }
                 for texts in ["groups", "sshAuthorizedKeys"] {
-                    self.once(item.get(texts), &place.key(texts), itself);
+                    self.once(item.get(texts), &place.key(texts), Key::Itself);
                 }
             }
-            self.once(passwd.get(list), &place, named("name"));
+            self.once(passwd.get(list), &place, Key::Name("name"));
         }
     }
 }

@@ -1,10 +1,10 @@
 //! What is fetched, and the section that says how: `ignition`.
 
-use super::{Check, itself, named};
+use super::Check;
 use crate::{
     node::Node,
     report::Place,
-    rules::{at, contents::Hash, text, url},
+    rules::{Key, at, contents::Hash, text, url},
 };
 
 impl Check<'_> {
@@ -37,7 +37,7 @@ impl Check<'_> {
             }
             self.reference(item, &place);
         }
-        self.once(Some(list), place, named("source"));
+        self.once(Some(list), place, Key::Source("source"));
     }
 
     /// A configuration or a certificate.
@@ -114,7 +114,7 @@ impl Check<'_> {
                 self.report.error(at(header, "value"), &place.key("value"), message);
             }
         }
-        self.once(Some(headers), place, named("name"));
+        self.once(Some(headers), place, Key::Name("name"));
     }
 
     fn proxy(&mut self, proxy: &Node, place: &Place<'_>) {
@@ -134,6 +134,6 @@ impl Check<'_> {
                 None => {}
             }
         }
-        self.once(proxy.get("noProxy"), &place.key("noProxy"), itself);
+        self.once(proxy.get("noProxy"), &place.key("noProxy"), Key::Itself);
     }
 }

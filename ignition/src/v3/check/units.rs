@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 
-use super::{Check, named};
+use super::Check;
 use crate::{
     node::Node,
     report::Place,
-    rules::{at, is_true, text, unit},
+    rules::{Key, at, is_true, text, unit},
 };
 
 impl Check<'_> {
@@ -33,7 +33,7 @@ impl Check<'_> {
                 self.report.warning(item, &place.index(index), message);
             }
         }
-        self.once(Some(units), &place, named("name"));
+        self.once(Some(units), &place, Key::Name("name"));
     }
 
     fn unit(&mut self, item: &Node, place: &Place<'_>) -> Option<unit::Unit> {
@@ -56,7 +56,7 @@ impl Check<'_> {
             let contents = unit::parse(text(dropin, "contents"));
             self.expect(at(dropin, "contents"), &place.key("contents"), contents.map(|_| ()));
         }
-        self.once(item.get("dropins"), &dropins, named("name"));
+        self.once(item.get("dropins"), &dropins, Key::Name("name"));
         let contents = item.text("contents").filter(|text| !text.is_empty())?;
         let place = place.key("contents");
         match unit::parse(contents) {
