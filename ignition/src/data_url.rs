@@ -12,13 +12,18 @@ use flate2::{Compression, read::MultiGzDecoder, write::GzEncoder};
 /// Longest contents that are looked into, in bytes; a small gzip can stand for any amount.
 pub(crate) const CONTENTS_MAX: usize = 64 << 20;
 
+/// Whether RFC 2396 calls it unreserved.
+const fn is_unreserved(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b'!' | b'~' | b'*' | b'\'' | b'(' | b')')
+}
+
 /// Percent-encoded: `data:,` and the bytes, those that RFC 2396 calls unreserved as they are, as Butane and `ct` do it.
 pub(crate) fn percent(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
-    let mut url = String::with_capacity(bytes.len() + 8);
+    let mut url = String::with_capacity(percent_length(bytes));
     url.push_str("data:,");
     for &byte in bytes {
-        if byte.is_ascii_alphanumeric() || b"-_.!~*'()".contains(&byte) {
+        if is_unreserved(byte) {
             url.push(char::from(byte));
         } else {
             url.push('%');
@@ -29,26 +34,33 @@ pub(crate) fn percent(bytes: &[u8]) -> String {
     url
 }
 
+fn percent_length(bytes: &[u8]) -> usize {
+    let reserved = bytes.iter().filter(|byte| !is_unreserved(**byte)).count();
+    "data:,".len() + bytes.len() + 2 * reserved
+}
+
 /// In base64: `data:;base64,` and the bytes.
 pub(crate) fn base64(bytes: &[u8]) -> String {
     format!("data:;base64,{}", BASE64_STANDARD.encode(bytes))
 }
 
+fn base64_length(bytes: &[u8]) -> usize {
+    "data:;base64,".len() + bytes.len().div_ceil(3) * 4
+}
+
 /// The shortest URL of the bytes, and whether they are compressed in it (gzip), which happens only if `compress` allows it.
 pub(crate) fn shortest(bytes: &[u8], compress: bool) -> (String, bool) {
-    let mut best = (percent(bytes), false);
-    let plain = base64(bytes);
-    if plain.len() < best.0.len() {
-        best = (plain, false);
-    }
+    // The lengths are known before anything is written, but for the compressed one.
+    let (escaped, plain) = (percent_length(bytes), base64_length(bytes));
     if compress {
-        let compressed = base64(&gzip(bytes));
+        let compressed = gzip(bytes);
         // `compression` has to say so, which takes its room too.
-        if compressed.len() + "gzip".len() < best.0.len() {
-            best = (compressed, true);
+        if base64_length(&compressed) + "gzip".len() < escaped.min(plain) {
+            return (base64(&compressed), true);
         }
     }
-    best
+    let url = if plain < escaped { base64(bytes) } else { percent(bytes) };
+    (url, false)
 }
 
 /// RFC 1952; no name and no time in it, so that the same bytes give the same bytes.
