@@ -304,7 +304,10 @@ async fn a_disk_that_stays_is_configured_once_and_keeps_what_was_written() {
     assert_eq!(desk.exec("kept", "systemctl is-system-running --wait"), "running\n");
     let (status, console) = machine.end();
     assert_eq!(status.code(), Some(0), "{console}");
-    assert!(console.contains("the disk was configured at its first boot"), "{console}");
+    assert!(
+        console.contains("the disk was configured at its first boot"),
+        "{console}"
+    );
     desk.assert_nothing_is_left("kept");
 }
 
@@ -312,7 +315,7 @@ async fn a_disk_that_stays_is_configured_once_and_keeps_what_was_written() {
 async fn a_disk_of_somebody_else_is_left_alone() {
     let desk = Desk::new().await;
     let image = desk.path("mine.img");
-    fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    fs::File::create(&image).unwrap().set_len(256 << 20).unwrap();
     run(Command::new("mkfs.ext4").args(["-q", "-L", "photographs"]).arg(&image));
     let before = fs::read(&image).unwrap();
     let mut command = desk.command("run");
