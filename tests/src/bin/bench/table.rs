@@ -66,11 +66,11 @@ impl Table {
 
     pub(crate) fn print(&self) {
         println!(
-            "{:<20} {:<60} {:>11}  {:<16} goal",
+            "{:<31} {:<60} {:>11}  {:<16} goal",
             "figure", "what", "median", "min to max"
         );
         for [key, what, value, range, limit] in &self.rows {
-            println!("{key:<20} {what:<60} {:>11}  {range:<16} {limit}", value.trim_end());
+            println!("{key:<31} {what:<60} {:>11}  {range:<16} {limit}", value.trim_end());
         }
     }
 
