@@ -11,7 +11,10 @@ use std::{
 use serde::Deserialize;
 use toml::Spanned;
 
-use crate::{accel::AccelerationChoice, machine::MEMORY_MIB_MAX};
+use crate::{
+    accel::AccelerationChoice,
+    machine::{MEMORY_MIB_MAX, VCPUS_MAX},
+};
 
 /// Where the file is looked for when nobody names another.
 pub const DEFAULT_PATH: &str = "/etc/coreos-kvm/config.toml";
@@ -20,7 +23,7 @@ pub const DEFAULT_PATH: &str = "/etc/coreos-kvm/config.toml";
 pub const ANNOTATIONS: [&str; 6] = ["config", "config-inline", "guest", "kernel-args", "memory", "vcpus"];
 
 /// Processors that one machine may be given at most, whatever the file says (QEMU's q35 takes 288).
-const VCPUS: RangeInclusive<u64> = 1..=256;
+const VCPUS: RangeInclusive<u64> = 1..=VCPUS_MAX as u64;
 /// MiB of memory that can be said, 64 MiB to 16 TiB.
 const MEMORY_MIB: RangeInclusive<u64> = 64..=MEMORY_MIB_MAX;
 /// A host does not give its own low uids to machines; the upper end keeps uids and gids inside 31 bits.

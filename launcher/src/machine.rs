@@ -93,6 +93,8 @@ impl fmt::Debug for Configuration {
 pub enum MachineError {
     #[error("a machine needs at least one processor")]
     NoProcessor,
+    #[error("{vcpus} processors are too many: at most {VCPUS_MAX} are possible")]
+    Processors { vcpus: u32 },
     #[error("{memory_mib} MiB of memory are too little: the guest {guest:?} needs at least {min_memory_mib} MiB")]
     Memory {
         memory_mib: u64,
@@ -111,6 +113,8 @@ pub enum MachineError {
     KernelArguments { length: usize },
 }
 
+/// Processors of a machine at most; QEMU's q35 takes 288.
+pub const VCPUS_MAX: u32 = 256;
 /// What a machine's memory can be, in MiB: 16 TiB.
 pub const MEMORY_MIB_MAX: u64 = 16 << 20;
 
@@ -130,6 +134,9 @@ impl Machine {
     pub fn check(&self) -> Result<(), MachineError> {
         if self.vcpus == 0 {
             return Err(MachineError::NoProcessor);
+        }
+        if self.vcpus > VCPUS_MAX {
+            return Err(MachineError::Processors { vcpus: self.vcpus });
         }
         if self.memory_mib < self.guest.min_memory_mib {
             return Err(MachineError::Memory {
@@ -269,13 +276,18 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn no_machine_has_more_memory_than_can_be_said() {
-        let machine = Machine {
+    fn no_machine_has_more_than_can_be_said() {
+        let large = Machine {
             memory_mib: MEMORY_MIB_MAX + 1,
             ..machine()
         };
-        let error = machine.check().unwrap_err().to_string();
+        let error = large.check().unwrap_err().to_string();
         assert!(error.contains("too much: at most 16777216 MiB (16 TiB)"), "{error}");
+        let wide = Machine {
+            vcpus: VCPUS_MAX + 1,
+            ..machine()
+        };
+        assert_eq!(wide.check(), Err(MachineError::Processors { vcpus: 257 }));
     }
 
     #[rstest::rstest]
