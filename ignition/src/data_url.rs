@@ -1,16 +1,12 @@
 //! `data:` URLs (RFC 2397), in which a configuration carries the contents of files.
 
-use std::io::{Read, Write};
-
 use base64::{
     Engine, alphabet,
     engine::{GeneralPurpose, GeneralPurposeConfig},
     prelude::BASE64_STANDARD,
 };
-use flate2::{Compression, read::MultiGzDecoder, write::GzEncoder};
 
-/// Longest contents that are looked into, in bytes; a small gzip can stand for any amount.
-pub(crate) const CONTENTS_MAX: usize = 64 << 20;
+use crate::gzip::Packer;
 
 /// Whether RFC 2396 calls it unreserved.
 const fn is_unreserved(byte: u8) -> bool {
@@ -48,35 +44,24 @@ fn base64_length(bytes: &[u8]) -> usize {
     "data:;base64,".len() + bytes.len().div_ceil(3) * 4
 }
 
-/// The shortest URL of the bytes, and whether they are compressed in it (gzip), which happens only if `compress` allows it.
-pub(crate) fn shortest(bytes: &[u8], compress: bool) -> (String, bool) {
+/// Longest that bytes may be for their [`base64`] to be shorter than `length`.
+fn most_in_base64(length: usize) -> usize {
+    length.saturating_sub("data:;base64,".len() + 1) / 4 * 3
+}
+
+/// The shortest URL of the bytes, and whether they are compressed in it (gzip), which happens only if there is a `packer`.
+pub(crate) fn shortest(bytes: &[u8], packer: Option<&mut Packer>) -> (String, bool) {
     // The lengths are known before anything is written, but for the compressed one.
     let (escaped, plain) = (percent_length(bytes), base64_length(bytes));
-    if compress {
-        let compressed = gzip(bytes);
+    if let Some(packer) = packer {
         // `compression` has to say so, which takes its room too.
-        if base64_length(&compressed) + "gzip".len() < escaped.min(plain) {
-            return (base64(&compressed), true);
+        let most = most_in_base64(escaped.min(plain).saturating_sub("gzip".len()));
+        if let Some(packed) = packer.pack(bytes, most) {
+            return (base64(&packed), true);
         }
     }
     let url = if plain < escaped { base64(bytes) } else { percent(bytes) };
     (url, false)
-}
-
-/// RFC 1952; no name and no time in it, so that the same bytes give the same bytes.
-pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
-    // Writing to a vector cannot fail.
-    let _ = encoder.write_all(bytes);
-    encoder.finish().unwrap_or_default()
-}
-
-/// What was compressed; None if it is no gzip, or longer than [`CONTENTS_MAX`].
-pub(crate) fn gunzip(bytes: &[u8]) -> Option<Vec<u8>> {
-    let mut out = Vec::new();
-    let limit = u64::try_from(CONTENTS_MAX).ok()?;
-    MultiGzDecoder::new(bytes).take(limit + 1).read_to_end(&mut out).ok()?;
-    (out.len() <= CONTENTS_MAX).then_some(out)
 }
 
 /// The bytes of a `data:` URL. What Ignition refuses is refused: blanks and other characters that no URL has, base64 without
@@ -198,14 +183,24 @@ mod tests {
         let bytes: Vec<u8> = (0..=255).collect();
         assert_eq!(decode(&percent(&bytes)).unwrap(), bytes);
         assert_eq!(decode(&base64(&bytes)).unwrap(), bytes);
-        assert_eq!(gunzip(&gzip(&bytes)).unwrap(), bytes);
     }
 
     #[test]
     fn the_shortest_wins() {
-        assert_eq!(shortest(b"hello", true), ("data:,hello".to_owned(), false));
-        assert!(shortest(&b"\n".repeat(1000), true).1);
-        assert!(shortest(&b"\n".repeat(1000), false).0.starts_with("data:;base64,"));
+        let mut packer = Packer::default();
+        assert_eq!(shortest(b"hello", Some(&mut packer)), ("data:,hello".to_owned(), false));
+        assert!(shortest(&b"\n".repeat(1000), Some(&mut packer)).1);
+        assert!(shortest(&b"\n".repeat(1000), None).0.starts_with("data:;base64,"));
+    }
+
+    #[test]
+    fn the_longest_in_base64() {
+        for length in 0..100 {
+            let most = most_in_base64(length);
+            let is_shorter = |bytes: usize| base64_length(&vec![0; bytes]) < length;
+            assert!(most == 0 || is_shorter(most), "{length}");
+            assert!(!is_shorter(most + 1), "{length}");
+        }
     }
 
     #[rstest::rstest]

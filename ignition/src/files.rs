@@ -43,6 +43,40 @@ pub enum TreeEntryKind {
     Other,
 }
 
+/// Most bytes of local files that one configuration may carry.
+const LOCAL_MAX: usize = 64 << 20;
+
+/// The caller's files, of which no more is read than a configuration can carry: one may name a file a thousand times.
+pub(crate) struct Bounded<'a> {
+    files: &'a dyn Files,
+    /// Bytes that may still be read.
+    left: usize,
+}
+
+impl<'a> Bounded<'a> {
+    pub(crate) fn new(files: &'a dyn Files) -> Self {
+        let left = LOCAL_MAX;
+        Self { files, left }
+    }
+
+    /// As [`Files::read`]; an error, too, when it was too much.
+    pub(crate) fn read(&mut self, path: &str) -> Result<Vec<u8>, String> {
+        let too_much = || format!("local files of more than {LOCAL_MAX} bytes in all make no configuration");
+        if self.left == 0 {
+            return Err(too_much());
+        }
+        let bytes = self.files.read(path)?;
+        let left = self.left.checked_sub(bytes.len());
+        self.left = left.unwrap_or_default();
+        left.map(|_| bytes).ok_or_else(too_much)
+    }
+
+    /// As [`Files::walk`].
+    pub(crate) fn walk(&self, path: &str) -> Result<Vec<TreeEntry>, String> {
+        self.files.walk(path)
+    }
+}
+
 /// No files: whatever a configuration refers to is an error.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NoFiles;

@@ -15,6 +15,7 @@ mod cloud_config;
 mod config;
 mod data_url;
 mod files;
+mod gzip;
 mod kind;
 mod node;
 pub mod report;

@@ -1,25 +1,19 @@
 //! The files that `local` and its kin name.
 
 use crate::{
-    data_url::CONTENTS_MAX,
-    files::{Files, TreeEntry},
+    files::{Bounded, Files, TreeEntry},
     node::Node,
     report::{Place, Report},
 };
 
-/// The caller's files, of which no more is read than a configuration can carry: one may name a file a thousand times.
 pub(super) struct Local<'a> {
-    files: &'a dyn Files,
-    /// Bytes that may still be read.
-    left: usize,
+    files: Bounded<'a>,
 }
 
 impl<'a> Local<'a> {
     pub(super) fn new(files: &'a dyn Files) -> Self {
-        Self {
-            files,
-            left: CONTENTS_MAX,
-        }
+        let files = Bounded::new(files);
+        Self { files }
     }
 
     /// The contents of the file whose path the node is.
@@ -39,19 +33,7 @@ impl<'a> Local<'a> {
 
     /// The contents of a file at a path that [`below`] has made.
     pub(super) fn contents(&mut self, path: &str) -> Result<Vec<u8>, String> {
-        let bytes = self.files.read(path).map_err(|why| format!("{path}: {why}"))?;
-        match self.left.checked_sub(bytes.len()) {
-            Some(left) => {
-                self.left = left;
-                Ok(bytes)
-            }
-            None => {
-                self.left = 0;
-                Err(format!(
-                    "{path}: local files of more than {CONTENTS_MAX} bytes in all make no configuration"
-                ))
-            }
-        }
+        self.files.read(path).map_err(|why| format!("{path}: {why}"))
     }
 
     /// Everything below a directory, in the order in which a walk through it meets it.

@@ -35,6 +35,7 @@ mod tests;
 mod trees;
 
 use crate::{
+    gzip::Packer,
     node::Node,
     report::Report,
     transpile::{Options, Translation},
@@ -56,7 +57,8 @@ pub(crate) fn translate(tree: Node, options: &Options<'_>, report: &mut Report) 
     let (boot_device, grub) = (take("boot_device"), take("grub"));
 
     let mut local = Local::new(options.files);
-    resource::translate(&mut source, dialect, &mut local, report);
+    let mut packer = Packer::default();
+    resource::translate(&mut source, dialect, &mut local, &mut packer, report);
     passwd::translate(&mut source, &mut local, report);
     systemd::translate(&mut source, &mut local, report);
     let mount_units = mount_unit::render(&source, dialect, report);
@@ -68,13 +70,13 @@ pub(crate) fn translate(tree: Node, options: &Options<'_>, report: &mut Report) 
         root = v3::merge(&mount_units, &root);
     }
     if let Some(trees) = trees {
-        trees::translate(&trees, &mut root, &mut local, report);
+        trees::translate(&trees, &mut root, &mut local, &mut packer, report);
     }
     if let Some(rendered) = boot_device.and_then(|node| boot_device::render(&node, &root, dialect, report)) {
         root = v3::merge(&rendered, &root);
     }
     partitions::check(&root, dialect, report);
-    if let Some(rendered) = grub.and_then(|grub| grub::render(&grub, report)) {
+    if let Some(rendered) = grub.and_then(|grub| grub::render(&grub, &mut packer, report)) {
         root = v3::merge(&rendered, &root);
     }
     Some((dialect.ignition(), root))

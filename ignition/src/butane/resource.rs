@@ -4,14 +4,27 @@ use super::{dialect::Dialect, local::Local};
 use crate::{
     config::Config,
     data_url,
+    gzip::{Packed, Packer, Unpacker},
     node::Node,
     report::{Place, Report, Severity},
     text,
     version::Version,
 };
 
-pub(super) fn translate(source: &mut Node, dialect: Dialect, local: &mut Local<'_>, report: &mut Report) {
-    let mut resources = Resources { dialect, local, report };
+pub(super) fn translate(
+    source: &mut Node,
+    dialect: Dialect,
+    local: &mut Local<'_>,
+    packer: &mut Packer,
+    report: &mut Report,
+) {
+    let mut resources = Resources {
+        dialect,
+        local,
+        packer,
+        unpacker: Unpacker::default(),
+        report,
+    };
     let root = Place::ROOT;
     within(source, &root, "ignition", |ignition, place| {
         within(ignition, place, "config", |config, place| {
@@ -66,6 +79,8 @@ pub(super) fn each(node: &mut Node, place: &Place<'_>, key: &str, mut visit: imp
 struct Resources<'a, 'f> {
     dialect: Dialect,
     local: &'a mut Local<'f>,
+    packer: &'a mut Packer,
+    unpacker: Unpacker,
     report: &'a mut Report,
 }
 
@@ -75,7 +90,9 @@ impl Resources<'_, '_> {
         let Some((contents, sugar, key)) = self.contents(node, place) else {
             return;
         };
-        if node.text("compression") == Some("gzip") && data_url::gunzip(&contents).is_some() {
+        // What is packed is not looked into; too much of it is not even unpacked.
+        let packed = node.text("compression") == Some("gzip");
+        if packed && self.unpacker.check(&contents) != Err(Packed::Broken) {
             return;
         }
         let place = place.key(key);
@@ -143,7 +160,7 @@ impl Resources<'_, '_> {
                 .get("compression")
                 .and_then(Node::as_text)
                 .is_some_and(|text| !text.is_empty());
-            let (url, compressed) = data_url::shortest(contents, !compressed_already);
+            let (url, compressed) = data_url::shortest(contents, (!compressed_already).then_some(&mut *self.packer));
             map.insert("source", Node::at(position, url));
             if !compressed_already {
                 map.insert("compression", compression(compressed, &sugar));

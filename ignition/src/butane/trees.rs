@@ -7,6 +7,7 @@ use super::{items, local, local::Local, text};
 use crate::{
     data_url,
     files::TreeEntryKind,
+    gzip::Packer,
     node::{Map, Node, Value},
     report::{Place, Report},
 };
@@ -18,13 +19,20 @@ pub(super) fn take(source: &mut Node) -> Option<Node> {
 }
 
 /// Adds what is in the trees to a tree of Ignition.
-pub(super) fn translate(trees: &Node, root: &mut Node, local: &mut Local<'_>, report: &mut Report) {
+pub(super) fn translate(
+    trees: &Node,
+    root: &mut Node,
+    local: &mut Local<'_>,
+    packer: &mut Packer,
+    report: &mut Report,
+) {
     let known = KINDS.map(|kind| paths(root, kind));
     let Some(root) = root.as_map_mut() else { return };
     let mut planter = Planter {
         storage: root.map_mut("storage"),
         known,
         local,
+        packer,
     };
     let storage = Place::ROOT.key("storage");
     let place = storage.key("trees");
@@ -57,6 +65,7 @@ struct Planter<'a, 'f> {
     storage: &'a mut Map,
     known: [HashMap<String, usize>; 3],
     local: &'a mut Local<'f>,
+    packer: &'a mut Packer,
 }
 
 impl Planter<'_, '_> {
@@ -115,15 +124,16 @@ impl Planter<'_, '_> {
         }
         let bytes = self.local.contents(source)?;
         let at = tree.position;
+        let compressed_already = self.find(FILES, &path).is_some_and(|file| {
+            let contents = file.get("contents");
+            contents.is_some_and(|contents| text(contents, "compression").is_some())
+        });
+        let packer = (!compressed_already).then_some(&mut *self.packer);
+        let (url, compressed) = data_url::shortest(&bytes, packer);
         let Some(file) = self.find(FILES, &path) else {
             return Ok(());
         };
         let contents = file.map_mut("contents");
-        let compressed_already = contents
-            .get("compression")
-            .and_then(Node::as_text)
-            .is_some_and(|text| !text.is_empty());
-        let (url, compressed) = data_url::shortest(&bytes, !compressed_already);
         contents.insert("source", Node::at(at, url));
         if !compressed_already {
             contents.insert("compression", super::resource::compression(compressed, tree));

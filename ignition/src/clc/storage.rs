@@ -3,7 +3,7 @@
 use super::quantity;
 use crate::{
     data_url,
-    files::Files,
+    files::{Bounded, Files},
     node::{Map, Node},
     report::{Place, Report},
 };
@@ -21,6 +21,7 @@ const TYPE_GUIDS: &[(&str, &str)] = &[
 
 /// Says the section in Ignition's way, still under ct's names.
 pub(super) fn translate(storage: &mut Map, files: &dyn Files, report: &mut Report) {
+    let mut files = Bounded::new(files);
     let place = Place::ROOT.key("storage");
     each(storage, "disks", &place, |disk, place| {
         each(disk, "partitions", place, |partition, place| {
@@ -33,7 +34,7 @@ pub(super) fn translate(storage: &mut Map, files: &dyn Files, report: &mut Repor
     each(storage, "files", &place, |file, place| {
         set_mode(file, "file", FILE_MODE, place, report);
         let contents = file.remove("contents").unwrap_or_else(|| Node::ours(Map::new()));
-        let contents = translate_contents(contents, files, &place.key("contents"), report);
+        let contents = translate_contents(contents, &mut files, &place.key("contents"), report);
         file.insert("contents", contents);
     });
 }
@@ -81,7 +82,7 @@ fn set_mode(map: &mut Map, what: &str, mode: i64, place: &Place<'_>, report: &mu
     }
 }
 
-fn translate_contents(mut contents: Node, files: &dyn Files, place: &Place<'_>, report: &mut Report) -> Node {
+fn translate_contents(mut contents: Node, files: &mut Bounded<'_>, place: &Place<'_>, report: &mut Report) -> Node {
     let position = contents.position;
     let mut out = Map::new();
     let mut remote = Map::new();

@@ -6,6 +6,7 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 
 use crate::{
     data_url,
+    gzip::{Packed, Packer, UNPACKED_MAX, Unpacker},
     node::{Map, Node},
     report::{Place, Report},
     rules,
@@ -18,6 +19,7 @@ const MODE: i64 = 0o644;
 pub(super) struct Files {
     files: Vec<Node>,
     by_path: HashMap<String, usize>,
+    packer: Packer,
 }
 
 impl Files {
@@ -42,13 +44,18 @@ impl Files {
         index == next
     }
 
+    /// The URL of contents, and whether they are compressed in it.
+    pub(super) fn encode(&mut self, contents: &[u8]) -> (String, bool) {
+        data_url::shortest(contents, Some(&mut self.packer))
+    }
+
     /// A file of ours, which takes the place of what the image has there.
     pub(super) fn write(&mut self, path: &str, contents: &str) {
         self.write_with_mode(path, contents, MODE);
     }
 
     pub(super) fn write_with_mode(&mut self, path: &str, contents: &str, mode: i64) {
-        let (url, compressed) = data_url::shortest(contents.as_bytes(), true);
+        let (url, compressed) = self.encode(contents.as_bytes());
         let rest = vec![("overwrite", Node::ours(true)), ("mode", Node::ours(mode))];
         self.add(&Node::ours(path), Node::ours(url), compressed, rest);
     }
@@ -65,6 +72,7 @@ impl Files {
 /// Adds the files of `write_files`.
 pub(super) fn translate(root: &Node, files: &mut Files, report: &mut Report) {
     let place = Place::ROOT.key("write_files");
+    let mut unpacker = Unpacker::default();
     for (index, file) in root
         .get("write_files")
         .map(Node::items)
@@ -80,8 +88,10 @@ pub(super) fn translate(root: &Node, files: &mut Files, report: &mut Report) {
         let absolute = Node::at(path.position, from_root(path.as_text().unwrap_or_default()));
         check_path(&absolute, &place.key("path"), report);
         let contents = file.get("content").cloned().unwrap_or_default();
-        let decoded = decode(file, &contents, &place, report);
-        let (url, compressed) = data_url::shortest(&decoded, true);
+        let (url, compressed) = match decode(file, &contents, &mut unpacker, &place, report) {
+            Decoded::Plain(bytes) => files.encode(&bytes),
+            Decoded::Packed(bytes) => (data_url::base64(&bytes), true),
+        };
         let mut rest = vec![("overwrite", Node::ours(true)), ("mode", mode(file, &place, report))];
         rest.extend(owner(file, &place, report));
         let source = Node::at(contents.position, url);
@@ -112,36 +122,47 @@ fn check_path(path: &Node, place: &Place<'_>, report: &mut Report) {
     }
 }
 
-fn decode(file: &Node, contents: &Node, place: &Place<'_>, report: &mut Report) -> Vec<u8> {
+/// Contents as they are to be written, or in gzip, which Ignition unpacks itself.
+enum Decoded {
+    Plain(Vec<u8>),
+    Packed(Vec<u8>),
+}
+
+fn decode(file: &Node, contents: &Node, unpacker: &mut Unpacker, place: &Place<'_>, report: &mut Report) -> Decoded {
     let text = contents.as_text().unwrap_or_default();
+    let plain = || Decoded::Plain(text.as_bytes().to_vec());
     let Some(encoding) = file.get("encoding") else {
-        return text.as_bytes().to_vec();
+        return plain();
     };
+    let name = encoding.as_text().unwrap_or_default();
+    let broken = || format!("cannot be decoded as {name}");
     let from_base64 = || {
         let digits: String = text.split(['\r', '\n']).collect();
-        BASE64_STANDARD.decode(digits).ok()
+        BASE64_STANDARD.decode(digits).map_err(|_| broken())
     };
-    let decoded = match encoding.as_text().unwrap_or_default() {
-        "" => return text.as_bytes().to_vec(),
-        "b64" | "base64" => from_base64(),
-        "gz" | "gzip" => data_url::gunzip(text.as_bytes()),
+    let decoded = match name {
+        "" => Ok(plain()),
+        "b64" | "base64" => from_base64().map(Decoded::Plain),
+        "gz" | "gzip" => Err("gzip is no text: write it in base64, with `encoding: gzip+base64`".to_owned()),
         "gz+base64" | "gzip+base64" | "gz+b64" | "gzip+b64" => {
-            from_base64().and_then(|compressed| data_url::gunzip(&compressed))
+            from_base64().and_then(|packed| match unpacker.check(&packed) {
+                Ok(()) => Ok(Decoded::Packed(packed)),
+                Err(Packed::Broken) => Err(broken()),
+                Err(Packed::TooMuch) => Err(format!(
+                    "this and the packed files before it unpack to more than {UNPACKED_MAX} bytes in all: so much is to \
+                     be fetched by a service"
+                )),
+            })
         }
         _ => {
             let message = "is no encoding that is known: base64, b64, gzip, gz, and gzip+base64 are, among others";
             report.error(encoding, &place.key("encoding"), message);
-            return Vec::new();
+            return Decoded::Plain(Vec::new());
         }
     };
-    decoded.unwrap_or_else(|| {
-        let name = encoding.as_text().unwrap_or_default();
-        let message = match name {
-            "gz" | "gzip" => "gzip is no text: write it in base64, with `encoding: gzip+base64`".to_owned(),
-            _ => format!("cannot be decoded as {name}"),
-        };
+    decoded.unwrap_or_else(|message| {
         report.error(contents, &place.key("content"), message);
-        Vec::new()
+        Decoded::Plain(Vec::new())
     })
 }
 

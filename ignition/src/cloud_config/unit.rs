@@ -4,7 +4,6 @@ use std::collections::HashMap;
 
 use super::file::Files;
 use crate::{
-    data_url,
     node::{Map, Node},
     report::{Place, Report},
 };
@@ -208,7 +207,7 @@ fn network_unit(unit: &Node, name: &Node, files: &mut Files, place: &Place<'_>, 
         return;
     }
     let mut write = |path: String, content: &Node| {
-        let (url, compressed) = data_url::shortest(content.as_text().unwrap_or_default().as_bytes(), true);
+        let (url, compressed) = files.encode(content.as_text().unwrap_or_default().as_bytes());
         let rest = vec![("overwrite", Node::ours(true)), ("mode", Node::ours(0o644))];
         files.add(
             &Node::at(name.position, path),

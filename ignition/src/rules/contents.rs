@@ -2,7 +2,7 @@
 
 use sha2::{Digest, Sha256, Sha512};
 
-use crate::{data_url, node::Node};
+use crate::{data_url, gzip::Unpacker, node::Node};
 
 /// A hash as Ignition writes it: `sha512-` and 128 hexadecimal digits, or `sha256-` and 64.
 #[derive(Debug, Clone, Copy)]
@@ -54,17 +54,10 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Looks into contents, for one configuration: what is compressed can be far longer than the configuration, so there is a
-/// bound to all of it together.
+/// Looks into contents, for one configuration.
+#[derive(Default)]
 pub(crate) struct Inspector {
-    left: usize,
-}
-
-impl Default for Inspector {
-    fn default() -> Self {
-        let left = data_url::CONTENTS_MAX;
-        Self { left }
-    }
+    unpacker: Unpacker,
 }
 
 impl Inspector {
@@ -88,18 +81,11 @@ impl Inspector {
             return Ok(());
         };
         if contents.text("compression") == Some("gzip") && !source.is_empty() {
-            if self.left == 0 {
-                return Ok(());
-            }
-            match data_url::gunzip(&bytes) {
-                Some(plain) => bytes = plain,
+            match self.unpacker.unpack(&bytes) {
+                Ok(plain) => bytes = plain,
                 // Longer than is looked into, or broken; Ignition tells which.
-                None => {
-                    self.left = 0;
-                    return Ok(());
-                }
+                Err(_) => return Ok(()),
             }
-            self.left = self.left.saturating_sub(bytes.len());
         }
         if hash.is_of(&bytes) {
             Ok(())
