@@ -4,11 +4,14 @@
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
+    io::Read,
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use coreos_kvm_ignition::{Options, TEXT_MAX, transpile};
+use flate2::{Compression, read::GzEncoder};
 
 /// In a build without optimisation; a released one takes a tenth.
 const TIME_MAX: Duration = Duration::from_secs(10);
@@ -51,6 +54,15 @@ fn filled(begin: &str, part: &str) -> String {
 fn numbered(begin: &str, part: &str, times: usize) -> String {
     let parts = (0..times).map(|number| part.replace('@', &number.to_string()));
     parts.fold(begin.to_owned(), |text, part| text + &part)
+}
+
+/// So many zeros in gzip, in base64.
+fn packed(length: u64) -> String {
+    let mut packed = Vec::new();
+    let zeros = std::io::repeat(0).take(length);
+    let read = GzEncoder::new(zeros, Compression::best()).read_to_end(&mut packed);
+    assert!(read.is_ok(), "{read:?}");
+    BASE64_STANDARD.encode(packed)
 }
 
 const FCOS: &str = "variant: fcos\nversion: 1.5.0\n";
@@ -376,6 +388,23 @@ fn texts(each: &mut dyn FnMut(&'static str, String)) {
     each(
         "one alias of a long text",
         numbered(&format!("a: &a {}\n", "b".repeat(1 << 20)), "b@: *a\n", most),
+    );
+    // Each of these files is 15 MiB, and all but the first are one too many.
+    each(
+        "packed files of a cloud-config",
+        numbered(
+            &format!("#cloud-config\nx: &a {}\nwrite_files:\n", packed(15 << 20)),
+            "  - {path: /a@, encoding: gz+b64, content: *a}\n",
+            1_000,
+        ),
+    );
+    each(
+        "one long text as the contents of many files",
+        numbered(
+            &format!("{FCOS}x: &a {}\nstorage:\n  files:\n", "ab c".repeat(1 << 18)),
+            "    - {path: /a@, contents: {inline: *a}}\n",
+            50,
+        ),
     );
     each("anchors in each other", filled("", "&a ["));
     each(
