@@ -11,8 +11,17 @@ pub(crate) const UNPACKED_MAX: usize = 16 << 20;
 /// Most bytes that are packed for one configuration; what comes after them stays as it is.
 const PACKED_MAX: usize = 16 << 20;
 
-/// Deflate, as hard as it can; no name and no time, so that the same bytes give the same bytes; written by no known system.
-const HEADER: [u8; 10] = [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 2, 0xff];
+/// How many of them are packed as well as can be, which takes up to a second for some texts; the others are packed in haste.
+const PACKED_WELL: usize = 2 << 20;
+
+/// Deflate; no name and no time, so that the same bytes give the same bytes; how hard it tried; written by no known system.
+const fn header(effort: u8) -> [u8; 10] {
+    [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, effort, 0xff]
+}
+const HEADER: usize = header(0).len();
+const WELL: u8 = 2;
+const IN_HASTE: u8 = 4;
+
 /// The checksum and the length.
 const TRAILER: usize = 8;
 /// The shortest that deflate makes of anything.
@@ -22,7 +31,7 @@ const DEFLATED_MIN: usize = 2;
 #[derive(Debug)]
 pub(crate) struct Packer {
     /// Its tables are large: one for a thousand small files.
-    deflate: Option<Compress>,
+    deflate: Option<(u8, Compress)>,
     /// Bytes that may still be packed.
     left: usize,
 }
@@ -39,16 +48,23 @@ impl Default for Packer {
 impl Packer {
     /// The bytes compressed, if that takes at most `most` bytes.
     pub(crate) fn pack(&mut self, bytes: &[u8], most: usize) -> Option<Vec<u8>> {
-        if most < HEADER.len() + DEFLATED_MIN + TRAILER {
+        if most < HEADER + DEFLATED_MIN + TRAILER {
             return None;
         }
         self.left = self.left.checked_sub(bytes.len())?;
-        let deflate = self
+        let (effort, level) = if PACKED_MAX - self.left <= PACKED_WELL {
+            (WELL, Compression::best())
+        } else {
+            (IN_HASTE, Compression::fast())
+        };
+        // Once there is haste, there always is.
+        self.deflate = self.deflate.take().filter(|(used, _)| *used == effort);
+        let (_, deflate) = self
             .deflate
-            .get_or_insert_with(|| Compress::new(Compression::best(), false));
+            .get_or_insert_with(|| (effort, Compress::new(level, false)));
         deflate.reset();
         let mut packed = Vec::with_capacity(most);
-        packed.extend(HEADER);
+        packed.extend(header(effort));
         // It writes no more than there is room for, and does not end then.
         match deflate.compress_vec(bytes, &mut packed, FlushCompress::Finish) {
             Ok(Status::StreamEnd) => {}
@@ -135,6 +151,11 @@ mod tests {
         let mut packer = Packer::default();
         assert!(packer.pack(&vec![0; PACKED_MAX], PACKED_MAX).is_some());
         assert_eq!(packer.pack(b"\n", 100), None);
+        let mut packer = Packer::default();
+        for _ in 0..5 {
+            let packed = packer.pack(&vec![0; 1 << 20], 1 << 20).unwrap();
+            assert_eq!(Unpacker::default().unpack(&packed), Ok(vec![0; 1 << 20]));
+        }
     }
 
     #[test]
