@@ -117,11 +117,15 @@ pub(crate) async fn exited(mut watch: ExitWatch) -> Exit {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// Held by each test that has children: the reaper's takes the exits of all that this process has.
+    pub(crate) static CHILDREN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
     #[tokio::test]
     async fn exits_are_seen_whether_awaited_or_not() {
+        let _alone = CHILDREN.lock().await;
         let reaper = start().unwrap();
         let since = Instant::now();
         let shell = |script: &str| {

@@ -208,6 +208,7 @@ mod tests {
 
     /// Whether getppid(2) fails, and clone(2) without and with CLONE_FILES, behind a filter.
     fn errors_behind(apply: impl FnOnce() -> bool) -> [i32; 3] {
+        let _alone = crate::reaper::tests::CHILDREN.blocking_lock();
         // SAFETY: the child makes system calls and ends.
         let child = unsafe { libc::fork() };
         if child == 0 {
