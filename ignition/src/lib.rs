@@ -14,6 +14,7 @@ mod clc;
 mod cloud_config;
 mod config;
 mod data_url;
+mod etcd2;
 mod files;
 mod gzip;
 mod kind;

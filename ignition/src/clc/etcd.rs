@@ -2,59 +2,27 @@
 
 use super::{platform::Platform, semver, service, service::Wrapper};
 use crate::{
+    etcd2::ETCD2,
     node::{Node, Value},
     report::{Place, Report},
-    shape::{Language, boolean, int, text},
+    shape::{Field, Language, boolean, int, text},
 };
 
-/// Options of etcd 2.3, in the order of their flags.
+/// Options of etcd 2.3, in the order of their flags, after the version that says which etcd it is.
 const ETCD_2: Language = Language {
-    fields: &[
-        text("version"),
-        text("advertise_client_urls"),
-        text("ca_file"),
-        text("cert_file"),
-        boolean("client_cert_auth"),
-        text("cors"),
-        text("data_dir"),
-        boolean("debug"),
-        text("discovery"),
-        text("discovery_fallback"),
-        text("discovery_srv"),
-        text("discovery_proxy"),
-        int("election_timeout"),
-        boolean("enable_pprof"),
-        boolean("force_new_cluster"),
-        int("heartbeat_interval"),
-        text("initial_advertise_peer_urls"),
-        text("initial_cluster"),
-        text("initial_cluster_state"),
-        text("initial_cluster_token"),
-        text("key_file"),
-        text("listen_client_urls"),
-        text("listen_peer_urls"),
-        text("log_package_levels"),
-        int("max_snapshots"),
-        int("max_wals"),
-        text("name"),
-        text("peer_ca_file"),
-        text("peer_cert_file"),
-        text("peer_key_file"),
-        boolean("peer_client_cert_auth"),
-        text("peer_trusted_ca_file"),
-        text("proxy"),
-        int("proxy_dial_timeout"),
-        int("proxy_failure_wait"),
-        int("proxy_read_timeout"),
-        int("proxy_refresh_interval"),
-        int("proxy_write_timeout"),
-        int("snapshot_count"),
-        boolean("strict_reconfig_check"),
-        text("trusted_ca_file"),
-        text("wal_dir"),
-    ],
+    fields: &after_version(),
     version_name,
 };
+
+const fn after_version() -> [Field; ETCD2.len() + 1] {
+    let mut fields = [text("version"); ETCD2.len() + 1];
+    let mut index = 0;
+    while index < ETCD2.len() {
+        fields[index + 1] = ETCD2[index];
+        index += 1;
+    }
+    fields
+}
 
 /// Options of etcd 3, in the order of their flags. A version is 30 for 3.0, 31 for 3.1, and so on.
 const ETCD_3: Language = Language {

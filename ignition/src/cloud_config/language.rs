@@ -42,7 +42,7 @@ const USER: &[Field] = &[
 
 const COREOS: &[Field] = &[
     section("etcd", service::ETCD),
-    section("etcd2", service::ETCD2),
+    section("etcd2", crate::etcd2::ETCD2),
     section("flannel", service::FLANNEL),
     section("fleet", service::FLEET),
     section("locksmith", service::LOCKSMITH),
