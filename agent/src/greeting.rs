@@ -19,11 +19,15 @@ pub(crate) fn kernel_argument(name: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
-/// Dials the host and says who is there.
-pub(crate) async fn greet() -> Result<()> {
-    let port = kernel_argument(READY_PORT_ARGUMENT)
+/// Port of the host's vsock at which the greeting is waited for, in a machine that has booted.
+pub(crate) fn port() -> u32 {
+    kernel_argument(READY_PORT_ARGUMENT)
         .and_then(|port| port.parse().ok())
-        .unwrap_or(READY_PORT);
+        .unwrap_or(READY_PORT)
+}
+
+/// Dials the host at `port` and says who is there.
+pub(crate) async fn greet(port: u32) -> Result<()> {
     let greet = async {
         let mut stream = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, port)).await?;
         let line = format!("{GREETING} {PROTOCOL} {}\n", env!("CARGO_PKG_VERSION"));

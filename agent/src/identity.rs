@@ -2,17 +2,23 @@
 
 use std::{
     collections::HashMap,
+    fs::File,
+    io::Write,
+    net::Ipv6Addr,
+    os::fd::AsRawFd,
     path::{Component, Path, PathBuf},
     process::Command,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use anyhow::{Context as _, Result, bail, ensure};
+use coreos_kvm_proto::{SEED_LENGTH, agent::Awakening};
 use nix::{
     sys::time::{TimeSpec, TimeValLike},
     time::{ClockId, clock_settime},
 };
 
-use crate::error::AgentError;
+use crate::{error::AgentError, quiet};
 
 /// Clocks that differ by less are left: a call takes that long.
 const CLOCK_SLACK: Duration = Duration::from_millis(20);
@@ -83,9 +89,141 @@ pub(crate) fn power_off() -> Result<(), AgentError> {
         .map_err(AgentError::failed("asking systemd to power off failed"))
 }
 
+/// What tells one boot of one machine from all others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ids {
+    pub boot_id: [u8; 16],
+    pub machine_id: [u8; 16],
+}
+
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+const MACHINE_ID: &str = "/etc/machine-id";
+
+/// A machine id as text. In a clone the host has replaced the template's ids, wherever they were as bytes.
+pub(crate) struct MachineName(String);
+
+impl Ids {
+    /// The machine's id as text.
+    pub(crate) fn machine_name(&self) -> MachineName {
+        MachineName(id_text(self.machine_id))
+    }
+
+    /// Those of the machine now.
+    pub(crate) fn read() -> Result<Self> {
+        Ok(Self {
+            boot_id: read_id(BOOT_ID)?,
+            machine_id: read_id(MACHINE_ID)?,
+        })
+    }
+}
+
+fn read_id(path: &str) -> Result<[u8; 16]> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
+    parse_id(text.trim()).with_context(|| format!("{path} has no id of 128 bits"))
+}
+
+/// Hexadecimal, with or without the dashes of RFC 4122.
+fn parse_id(text: &str) -> Option<[u8; 16]> {
+    let text = text.replace('-', "");
+    if text.len() != 32 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return None;
+    }
+    u128::from_str_radix(&text, 16).ok().map(u128::to_be_bytes)
+}
+
+/// The text of machine-id(5), without a newline.
+fn id_text(id: [u8; 16]) -> String {
+    format!("{:032x}", u128::from_be_bytes(id))
+}
+
+/// Makes a clone a machine of its own: what its kernel takes for random first, for all else may be made of that.
+///
+/// # Errors
+/// When something of it still is the template's.
+pub(crate) fn renew(template: &MachineName, told: &Awakening) -> Result<()> {
+    reseed(&told.seed).context("reseeding the kernel's random numbers")?;
+    set_clock(told.wall_clock_ns).context("setting the clock")?;
+    let id = |bytes: &[u8]| <[u8; 16]>::try_from(bytes).context("an id has 16 bytes");
+    let own = Ids {
+        boot_id: id(&told.boot_id)?,
+        machine_id: id(&told.machine_id)?,
+    };
+    // In place: it may be a mount of its own.
+    std::fs::write(MACHINE_ID, id_text(own.machine_id) + "\n").context("writing the machine id")?;
+    quiet::rename_journals(&template.0, &id_text(own.machine_id))?;
+    // The host has changed the boot's id where the kernel keeps it.
+    if Ids::read()? != own {
+        bail!("the machine still has the ids of its template");
+    }
+    renew_stable_secrets()
+}
+
+/// ioctls of random(4).
+mod random {
+    nix::ioctl_write_ptr_bad!(
+        add_entropy,
+        nix::request_code_write!(b'R', 0x03, 8),
+        [u8; 8 + super::SEED_LENGTH]
+    );
+    nix::ioctl_none!(reseed_crng, b'R', 0x07);
+}
+
+fn reseed(seed: &[u8]) -> Result<()> {
+    ensure!(
+        seed.len() == SEED_LENGTH,
+        "a seed has {SEED_LENGTH} bytes, not {}",
+        seed.len()
+    );
+    // struct rand_pool_info: the number of random bits, the number of bytes, the bytes.
+    let mut info = [0; 8 + SEED_LENGTH];
+    let length = i32::try_from(SEED_LENGTH)?;
+    info[..4].copy_from_slice(&(8 * length).to_ne_bytes());
+    info[4..8].copy_from_slice(&length.to_ne_bytes());
+    info[8..].copy_from_slice(seed);
+    let device = File::options().write(true).open("/dev/random")?;
+    // SAFETY: the structure is whole, and only read.
+    unsafe { random::add_entropy(device.as_raw_fd(), &raw const info) }?;
+    // SAFETY: takes nothing.
+    unsafe { random::reseed_crng(device.as_raw_fd()) }?;
+    Ok(())
+}
+
+/// New secrets for the IPv6 addresses of interfaces, where the template has any: ip-sysctl, stable_secret.
+fn renew_stable_secrets() -> Result<()> {
+    for interface in ["all", "default"] {
+        let path = format!("/proc/sys/net/ipv6/conf/{interface}/stable_secret");
+        // One that is not set cannot be read.
+        if std::fs::read(&path).is_ok() {
+            let mut secret = [0; 16];
+            std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut secret)?;
+            let mut file = File::options().write(true).open(&path)?;
+            file.write_all(Ipv6Addr::from(secret).to_string().as_bytes())?;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[rstest::rstest]
+    #[case("00112233-4455-6677-8899-aabbccddeeff")]
+    #[case("00112233445566778899aabbccddeeff")]
+    fn ids_are_read_as_kernel_and_systemd_write_them(#[case] text: &str) {
+        let id = parse_id(text).unwrap();
+        assert_eq!((id[0], id[1], id[15]), (0, 0x11, 0xff));
+        assert_eq!(id_text(id), "00112233445566778899aabbccddeeff");
+    }
+
+    #[rstest::rstest]
+    #[case("")]
+    #[case("uninitialized")]
+    #[case("0011")]
+    #[case("+0112233445566778899aabbccddeeff")]
+    fn what_is_no_id_is_none(#[case] text: &str) {
+        assert_eq!(parse_id(text), None);
+    }
 
     #[test]
     fn sysctls_are_found_and_stay_in_their_folder() {

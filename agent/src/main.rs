@@ -8,6 +8,7 @@
 //! - [`cgroup`], [`stats`]: the containers' cgroups and what they say; [`passwd`] and [`workdir`]: their users' homes
 //!   and the folders they start in
 //! - [`mounts`], [`network`], [`identity`]: making the guest the pod's
+//! - [`template`] and [`quiet`]: being saved, and waking up as another machine
 //! - [`greeting`]: telling the host that all this is there
 
 mod cgroup;
@@ -19,11 +20,13 @@ mod mounts;
 mod network;
 mod passwd;
 mod process;
+mod quiet;
 mod reaper;
 mod runtime;
 mod service;
 mod stats;
 mod streams;
+mod template;
 mod terminal;
 mod workdir;
 
@@ -31,6 +34,7 @@ use std::{sync::Arc, time::Instant};
 
 use anyhow::{Context as _, Result, bail};
 use coreos_kvm_proto::{AGENT_PORT, MESSAGE_MAX, agent_ttrpc};
+use template::Template;
 
 /// Logs go to the journal by stderr; `coreos_kvm.agent_log=debug` on the kernel's command line shows more.
 fn start_logging() {
@@ -59,6 +63,10 @@ fn main() -> Result<()> {
 }
 
 async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
+    let template = match template::kind() {
+        Some(kind) => Some(Template::prepare(kind).await.context("making the guest quiet")?),
+        None => None,
+    };
     let reaper = reaper::start().context("watching for the end of processes")?;
     let zygote_end = reaper::exited(reaper.watch(zygote.pid(), Instant::now()));
     let cgroup = cgroup::own(&[nix::unistd::getpid(), zygote.pid()]).context("taking over the service's cgroup")?;
@@ -76,7 +84,11 @@ async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
         message_max = MESSAGE_MAX,
         "agent serves"
     );
-    greeting::greet().await.context("greeting the host")?;
+    let ready_port = match template {
+        Some(template) => template.sleep().await.context("becoming a machine of its own")?,
+        None => greeting::port(),
+    };
+    greeting::greet(ready_port).await.context("greeting the host")?;
     tokio::select! {
         result = streams => result.context("serving streams")?,
         exit = zygote_end => bail!("the zygote has ended with code {}", exit.status),

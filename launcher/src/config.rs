@@ -20,7 +20,15 @@ use crate::{
 pub const DEFAULT_PATH: &str = "/etc/coreos-kvm/config.toml";
 
 /// The annotations of a pod that exist, without their prefix `coreos-kvm.io/`.
-pub const ANNOTATIONS: [&str; 6] = ["config", "config-inline", "guest", "kernel-args", "memory", "vcpus"];
+pub const ANNOTATIONS: [&str; 7] = [
+    "config",
+    "config-inline",
+    "guest",
+    "kernel-args",
+    "memory",
+    "template",
+    "vcpus",
+];
 
 /// Processors that one machine may be given at most, whatever the file says (QEMU's q35 takes 288).
 const VCPUS: RangeInclusive<u64> = 1..=VCPUS_MAX as u64;
@@ -60,9 +68,27 @@ pub struct Config {
     pub boot_timeout: Duration,
     /// Annotations that a pod may carry, without their prefix; each one of [`ANNOTATIONS`].
     pub annotations: Vec<String>,
+    /// Whether machines are clones of templates.
+    pub templates: Templates,
+    /// Directory of the templates.
+    pub template_dir: PathBuf,
+    /// What all templates may take together, in MiB.
+    pub template_space_mib: u64,
     /// uids (and gids of the same numbers) of which each running machine has one of its own.
     pub vm_uids: Range<u32>,
     pub log_level: LogLevel,
+}
+
+/// What a machine does that could be a clone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Templates {
+    /// It makes its template if there is none, and waits for one that another process makes.
+    Wait,
+    /// It makes its template if there is none, and boots while another process makes it.
+    Boot,
+    /// It boots.
+    Off,
 }
 
 /// How much is logged, as in the `tracing` crate.
@@ -124,7 +150,10 @@ impl Default for Config {
             max_memory_mib: 65536,
             guest_memory_overhead_mib: 256,
             boot_timeout: Duration::from_secs(120),
-            annotations: ["config", "config-inline", "guest", "memory", "vcpus"]
+            templates: Templates::Wait,
+            template_dir: "/var/lib/coreos-kvm/templates".into(),
+            template_space_mib: 8192,
+            annotations: ["config", "config-inline", "guest", "memory", "template", "vcpus"]
                 .map(str::to_owned)
                 .to_vec(),
             vm_uids: 2_000_000..2_004_096,
@@ -219,6 +248,9 @@ struct Keys {
     max_memory_mib: Option<Spanned<i64>>,
     guest_memory_overhead_mib: Option<Spanned<i64>>,
     boot_timeout_s: Option<Spanned<i64>>,
+    templates: Option<Templates>,
+    template_dir: Option<Spanned<PathBuf>>,
+    template_space_mib: Option<Spanned<i64>>,
     annotations: Option<Vec<Spanned<String>>>,
     vm_uid_first: Option<Spanned<i64>>,
     vm_uid_count: Option<Spanned<i64>>,
@@ -272,6 +304,15 @@ impl Keys {
         let mut seconds = config.boot_timeout.as_secs();
         set(&mut seconds, "boot_timeout_s", self.boot_timeout_s, number(1..=3600))?;
         config.boot_timeout = Duration::from_secs(seconds);
+
+        config.templates = self.templates.unwrap_or(config.templates);
+        set(&mut config.template_dir, "template_dir", self.template_dir, absolute)?;
+        set(
+            &mut config.template_space_mib,
+            "template_space_mib",
+            self.template_space_mib,
+            number(MEMORY_MIB),
+        )?;
 
         if let Some(names) = self.annotations {
             config.annotations = names.into_iter().map(annotation).collect::<Result<_, _>>()?;
@@ -381,7 +422,7 @@ mod tests {
             })
             .fold(String::new(), |text, line| text + line + "\n");
         let table: toml::Table = toml::from_str(&spoken).unwrap();
-        assert_eq!(table.len(), 19, "{table:?}");
+        assert_eq!(table.len(), 22, "{table:?}");
         assert_eq!(
             Config::parse(&spoken).map_err(|problem| problem.problem).ok(),
             Some(Config::default())
@@ -407,7 +448,7 @@ mod tests {
     )]
     #[case::unknown_annotation(
         "annotations = [\n \"guest\",\n \"root\"]",
-        "config.toml:3: annotations has \"root\"; allowed are \"config\", \"config-inline\", \"guest\", \"kernel-args\", \"memory\", \"vcpus\""
+        "config.toml:3: annotations has \"root\"; allowed are \"config\", \"config-inline\", \"guest\", \"kernel-args\", \"memory\", \"template\", \"vcpus\""
     )]
     #[case::guest_outside_its_directory("guest = \"../x\"", "config.toml:1: guest \"../x\" cannot name a guest")]
     #[case::no_toml("guest = ", "config.toml:1: ")]

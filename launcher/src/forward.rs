@@ -134,6 +134,15 @@ pub fn parse_list(text: &str) -> Result<Vec<Forward>, InvalidForward> {
     text.split(',').map(|forward| forward.trim().parse()).collect()
 }
 
+/// QEMU's network of that name with these forwards: the value of qemu(1)'s option `-netdev`.
+pub(crate) fn netdev(name: &str, forwards: &[Forward]) -> String {
+    let mut netdev = format!("user,id={name},ipv6=off,net={NETWORK}/{PREFIX_LENGTH},dhcpstart={GUEST}");
+    for forward in forwards {
+        netdev += &format!(",hostfwd={forward}");
+    }
+    netdev
+}
+
 /// Forwards that QEMU could not set up.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {

@@ -5,6 +5,8 @@
 //! → [`provision`] (the user's Ignition merged with ours) → [`carriage`] (how it reaches the guest) → [`qemu::arguments`] (a pure function) → [`process`]
 //! → [`vm`] (one running machine) → [`agent`] (the client of the agent inside).
 //!
+//! A machine boots, or it is a clone of a [`template`], in which another one has booted before it.
+//!
 //! Around a machine: [`accel`] decides how QEMU runs the guest's instructions, [`vsock`] and [`virtiofs`] are its ways to
 //! the host, [`netdev`] its way into the pod's network, [`forward`] the way to it where it has QEMU's own, [`disk`] what it
 //! may write to, [`user`] and [`cgroup`] the wall around its processes, [`console`]
@@ -28,6 +30,7 @@ pub mod qemu;
 mod sentence;
 pub mod size;
 pub mod state;
+pub mod template;
 pub mod user;
 pub mod virtiofs;
 pub mod vm;

@@ -3,7 +3,7 @@
 
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
-use crate::{accel::AccelerationChoice, disk::Disk, forward::Forward, guest::Guest, size::Size};
+use crate::{accel::AccelerationChoice, disk::Disk, forward::Forward, guest::Guest, size::Size, template::Key};
 
 /// Name of a machine: the pod's sandbox id, or whatever the caller of the command chose. Safe as a file name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -17,6 +17,16 @@ pub struct MachineId(String);
 pub struct InvalidMachineId(String);
 
 impl MachineId {
+    /// That of a machine which is described, and not started.
+    pub(crate) fn template() -> Self {
+        Self("template".to_owned())
+    }
+
+    /// That of the machine which is saved as a template.
+    pub(crate) fn of_template(key: &Key) -> Self {
+        Self(format!("template-{key}"))
+    }
+
     /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -70,6 +80,8 @@ pub struct Machine {
     pub cgroup: Option<PathBuf>,
     /// Longest time from QEMU's start to the agent's greeting.
     pub boot_timeout: Duration,
+    /// Whether it may be a clone of a template that it shares with all machines of the same guest, size and configuration.
+    pub cloneable: bool,
 }
 
 /// A configuration as a user wrote it.
@@ -259,6 +271,7 @@ pub(crate) mod tests {
             disk: None,
             cgroup: None,
             boot_timeout: Duration::from_secs(60),
+            cloneable: false,
         }
     }
 

@@ -21,7 +21,7 @@ use rtnetlink::{Handle, LinkUnspec, packet_core::ErrorMessage, packet_route::tc:
 use crate::{
     forward,
     machine::{Network, PortRedirect},
-    qemu::arguments::{USER_MAC, USER_MTU},
+    qemu::devices::{USER_MAC, USER_MTU},
 };
 
 mod observe;

@@ -86,6 +86,21 @@ impl Process {
         inherited: Vec<OwnedFd>,
         confinement: Confinement,
     ) -> Result<Self, ProcessError> {
+        Self::start_after(|| Ok(()), program, arguments, inherited, confinement)
+    }
+
+    /// As [`Process::start`], and the new process does `first` behind its wall before it becomes the program. `first` runs where
+    /// only system calls are allowed, on memory that was allocated before: it allocates nothing and takes no lock.
+    ///
+    /// # Errors
+    /// As there; a failure of `first` comes with the error number that it had.
+    pub(crate) fn start_after(
+        mut first: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+        program: &Path,
+        arguments: &[OsString],
+        inherited: Vec<OwnedFd>,
+        confinement: Confinement,
+    ) -> Result<Self, ProcessError> {
         let start = |source| ProcessError::Start {
             path: program.to_owned(),
             source,
@@ -101,7 +116,7 @@ impl Process {
         let numbers: Vec<RawFd> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
         let parent = nix::unistd::getpid();
         // SAFETY: between fork and exec only system calls are made, on memory that was allocated before; see `confine`.
-        unsafe { command.pre_exec(move || confine(&confinement, &numbers, parent)) };
+        unsafe { command.pre_exec(move || confine(&confinement, &numbers, parent).and_then(|()| first())) };
         let mut child = command.spawn().map_err(start)?;
         drop(inherited);
 

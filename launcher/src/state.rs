@@ -151,6 +151,9 @@ pub struct Record {
     /// How QEMU runs the guest, and why so.
     pub acceleration: Option<Acceleration>,
     pub acceleration_reason: Option<String>,
+    /// How the guest came to run; None as long as that is not decided.
+    #[serde(default)]
+    pub origin: Option<Origin>,
     pub vcpus: u32,
     pub memory_mib: u64,
     /// The network namespace that has the machine's taps.
@@ -159,6 +162,27 @@ pub struct Record {
     pub cgroup: Option<PathBuf>,
     /// uid of the machine's processes.
     pub uid: Option<u32>,
+}
+
+/// How a guest came to run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "from")]
+pub enum Origin {
+    /// It booted.
+    Boot {
+        /// Why it is no clone.
+        why: String,
+    },
+    /// It goes on where a template was saved.
+    Clone { template: String, mode: CloneMode },
+}
+
+/// How a clone comes to its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CloneMode {
+    /// It has a copy of what the template had.
+    Copy,
 }
 
 /// The folder of one machine: `<state_dir>/<id>`.
@@ -308,7 +332,7 @@ pub fn machines(state_dir: &Path) -> Result<Vec<MachineId>, StateError> {
 }
 
 /// Like `std::fs::remove_dir_all`, which does not follow links either, but stops at mounts.
-fn remove_tree(path: &Path) -> io::Result<()> {
+pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::MetadataExt;
 
     fn empty(folder: &Path, device: u64) -> io::Result<()> {
@@ -353,6 +377,9 @@ mod tests {
             vsock: Some(VsockAddress::Socket("/run/x".into())),
             acceleration: Some(Acceleration::Tcg),
             acceleration_reason: Some("it was asked for".into()),
+            origin: Some(Origin::Boot {
+                why: "it was asked for".into(),
+            }),
             vcpus: 1,
             memory_mib: 512,
             netns: None,

@@ -17,11 +17,17 @@ use crate::{
 };
 
 mod boot;
+mod build;
+mod clone;
+mod error;
+mod plan;
 mod remains;
+mod save;
 mod watch;
 
-pub use boot::VmError;
+pub use error::VmError;
 pub use remains::{DestroyError, destroy};
+pub use save::{make_template, template_key};
 
 /// A running machine. Dropping it kills it; [`Vm::shutdown`] ends it in order and waits.
 pub struct Vm {

@@ -11,7 +11,7 @@ pub mod frame;
 pub use generated::{agent, agent_ttrpc};
 
 /// Number of this protocol. It grows whenever host and agent of different numbers could misunderstand each other.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// vsock port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -22,6 +22,17 @@ pub const STREAM_PORT: u32 = 1025;
 pub const READY_PORT: u32 = 1026;
 /// Kernel argument with the vsock port that waits for the agent's greeting: `coreos_kvm.ready_port=1026`.
 pub const READY_PORT_ARGUMENT: &str = "coreos_kvm.ready_port";
+
+/// Kernel argument of a machine that is to be saved as a template: `coreos_kvm.template=1`. Its clones have it too, for they
+/// have its memory.
+pub const TEMPLATE_ARGUMENT: &str = "coreos_kvm.template";
+/// The second serial port, in a template and its clones: the agent says there that it may be saved (`TemplateReady`) and is told
+/// there who it is when it wakes up (`Awakening`).
+pub const WAKE_PORT: &str = "/dev/ttyS1";
+/// Longest message on [`WAKE_PORT`], in bytes, the length before it left out.
+pub const WAKE_MAX: usize = 1024;
+/// Random bytes that a clone's kernel is given.
+pub const SEED_LENGTH: usize = 64;
 
 /// Word that opens the agent's greeting: `coreos-kvm-agent <PROTOCOL> <version>\n`.
 pub const GREETING: &str = "coreos-kvm-agent";

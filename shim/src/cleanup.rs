@@ -64,6 +64,7 @@ mod tests {
                 vsock: None,
                 acceleration: None,
                 acceleration_reason: None,
+                origin: None,
                 vcpus: 1,
                 memory_mib: 512,
                 netns: None,

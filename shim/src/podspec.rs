@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use coreos_kvm_launcher::{
     cgroup,
-    config::{ANNOTATIONS, Config},
+    config::{ANNOTATIONS, Config, Templates},
     guest::Guest,
     machine::{Configuration, Machine, Network},
 };
@@ -59,6 +59,8 @@ fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
 /// Of what the pod's author wrote, or what a machine cannot do; with the way out.
 pub(crate) fn machine(id: &str, spec: &Spec, config: &Config) -> Result<Machine, ShimError> {
     let wishes = Wishes::read(spec, config)?;
+    // A configuration may do what a clone must not have done before; only its author knows.
+    let cloneable = wishes.template.unwrap_or(wishes.configuration.is_none()) && config.templates != Templates::Off;
     let linux = spec.linux().as_ref();
     let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
     let cgroup = cgroups_path
@@ -84,6 +86,7 @@ pub(crate) fn machine(id: &str, spec: &Spec, config: &Config) -> Result<Machine,
         disk: None,
         cgroup: Some(cgroup.unwrap_or_else(|| PathBuf::from("coreos-kvm").join(id))),
         boot_timeout: config.boot_timeout,
+        cloneable,
     })
 }
 
@@ -108,6 +111,7 @@ struct Wishes<'a> {
     guest: Option<&'a str>,
     kernel_args: Vec<String>,
     memory_mib: Option<u64>,
+    template: Option<bool>,
     vcpus: Option<u32>,
 }
 
@@ -144,6 +148,7 @@ impl<'a> Wishes<'a> {
                 "guest" => wishes.guest = Some(value),
                 "kernel-args" => wishes.kernel_args = value.split_ascii_whitespace().map(str::to_owned).collect(),
                 "memory" => wishes.memory_mib = Some(memory(key, value, config)?),
+                "template" => wishes.template = Some(yes_or_no(key, value)?),
                 "vcpus" => wishes.vcpus = Some(vcpus(key, value, config)?),
                 // Not to be reached: a name of ANNOTATIONS that is not read here must not be taken for one that works.
                 _ => {
@@ -166,6 +171,14 @@ fn volume_configuration(key: &str, value: &str, spec: &Spec, config: &Config) ->
     Ok(Configuration {
         origin: file.to_string(),
         text: file.read(&config.kubelet_dir, uid)?,
+    })
+}
+
+fn yes_or_no(key: &str, value: &str) -> Result<bool, ShimError> {
+    value.trim().parse().map_err(|_| {
+        ShimError::InvalidArgument(format!(
+            "the annotation {key} has {value:?}: \"true\" or \"false\" is expected"
+        ))
     })
 }
 

@@ -6,8 +6,9 @@
 
 use std::{ffi::OsString, os::fd::RawFd};
 
-use coreos_kvm_proto::{AGENT_DISK_SERIAL, READY_PORT_ARGUMENT, SHARED_TAG};
+use coreos_kvm_proto::{AGENT_DISK_SERIAL, READY_PORT_ARGUMENT, TEMPLATE_ARGUMENT};
 
+use super::devices::{self, Connections, Device, SLOT};
 use crate::{
     accel::Acceleration,
     disk::{DATA_DISK_SERIAL, Storage},
@@ -22,15 +23,10 @@ const TCG_CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt";
 /// MiB of translated code that TCG keeps. The default of QEMU (a quarter of the guest's memory and more) costs some 280 MB.
 const TCG_TRANSLATION_MIB: u32 = 64;
 
-/// MAC of the guest's interface in QEMU's own network, where it is alone with QEMU.
-pub const USER_MAC: &str = "02:00:00:00:00:01";
-pub const USER_MTU: u32 = 1500;
-
 /// What is one QEMU's own: its open descriptors, by the numbers that they have in its process, and its port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Descriptors {
-    pub kernel: RawFd,
-    pub initramfs: RawFd,
+    pub start: Start,
     pub ignition: Ignition,
     pub root: RawFd,
     pub agent_disk: RawFd,
@@ -39,12 +35,31 @@ pub struct Descriptors {
     /// QEMU's ends of the connections of its monitor and of the guest's serial console.
     pub qmp: RawFd,
     pub console: RawFd,
-    pub vsock: Vsock,
-    /// Connection to virtiofsd.
-    pub shared: RawFd,
-    pub taps: Vec<Tap>,
-    /// Port of the host's vsock at which the agent's greeting is waited for.
-    pub ready_port: u32,
+    /// What a template does not have, and its clones are given when they have been restored.
+    pub connections: Connections,
+}
+
+/// How the guest comes to run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Start {
+    /// It boots.
+    Boot {
+        kernel: RawFd,
+        initramfs: RawFd,
+        /// Port of the host's vsock at which the agent's greeting is waited for.
+        ready_port: u32,
+    },
+    /// It boots and is saved.
+    Template {
+        kernel: RawFd,
+        initramfs: RawFd,
+        /// A file in memory that becomes the guest's.
+        memory: RawFd,
+        /// QEMU's end of the connection of the second serial port.
+        wake: RawFd,
+    },
+    /// It goes on where a template was saved, in a copy of its memory.
+    Clone { memory: RawFd, wake: RawFd },
 }
 
 /// The merged Ignition configuration, and the way on which it travels.
@@ -54,48 +69,43 @@ pub enum Ignition {
     Disk { descriptor: RawFd, serial: String },
 }
 
-/// What stands behind the guest's vsock device.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Vsock {
-    /// An open /dev/vhost-vsock.
-    Vhost { descriptor: RawFd, cid: u32 },
-    /// Connection to vhost-device-vsock.
-    VhostUser { connection: RawFd },
-}
-
-/// One network interface of the guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tap {
-    pub descriptor: RawFd,
-    /// An open /dev/vhost-net, where there is one.
-    pub vhost: Option<RawFd>,
-    /// aa:bb:cc:dd:ee:ff
-    pub mac: String,
-    pub mtu: u32,
-}
-
 /// The arguments, the program's name left out.
 pub fn arguments(machine: &Machine, acceleration: Acceleration, descriptors: &Descriptors) -> Vec<OsString> {
     let mut line = Line::default();
     platform(&mut line, machine, acceleration);
+    memory(&mut line, machine, &descriptors.start);
     boot(&mut line, machine, descriptors);
     disks(&mut line, machine, descriptors);
-    connections(&mut line, descriptors);
-    network(&mut line, machine, &descriptors.taps);
+    console(&mut line, descriptors);
+    devices::backends(&mut line, machine, &descriptors.connections);
+    match descriptors.start {
+        Start::Boot { .. } => {
+            for device in devices::connected(machine, &descriptors.connections) {
+                line.add("device", device.to_string());
+            }
+        }
+        Start::Template { wake, .. } | Start::Clone { wake, .. } => late(&mut line, wake),
+    }
     line.0.into_iter().map(OsString::from).collect()
 }
 
+/// Options of the command line.
 #[derive(Default)]
-struct Line(Vec<String>);
+pub(super) struct Line(Vec<String>);
 
 impl Line {
-    fn add(&mut self, option: &str, value: impl Into<String>) {
+    pub(super) fn add(&mut self, option: &str, value: impl Into<String>) {
         self.flag(option);
         self.0.push(value.into());
     }
 
     fn flag(&mut self, option: &str) {
         self.0.push(format!("-{option}"));
+    }
+
+    /// A connected Unix socket.
+    pub(super) fn chardev(&mut self, name: &str, descriptor: RawFd) {
+        self.add("chardev", format!("socket,id={name},fd={descriptor}"));
     }
 }
 
@@ -130,19 +140,52 @@ fn platform(line: &mut Line, machine: &Machine, acceleration: Acceleration) {
         }
     }
     line.add("smp", format!("cpus={}", machine.vcpus));
-    line.add("m", format!("size={}M", machine.memory_mib));
-    // Shared, for virtiofsd and vhost-device-vsock read and write the guest's memory.
-    line.add(
-        "object",
-        format!("memory-backend-memfd,id=memory,size={}M,share=on", machine.memory_mib),
-    );
+}
+
+/// The guest's memory. Shared, for virtiofsd and vhost-device-vsock read and write it.
+fn memory(line: &mut Line, machine: &Machine, start: &Start) {
+    let size = machine.memory_mib;
+    line.add("m", format!("size={size}M"));
+    let backend = match start {
+        Start::Boot { .. } => format!("memory-backend-memfd,id=memory,size={size}M,share=on"),
+        Start::Template { memory, .. } | Start::Clone { memory, .. } => {
+            let file = own_file(*memory);
+            format!("memory-backend-file,id=memory,size={size}M,mem-path={file},share=on")
+        }
+    };
+    line.add("object", backend);
 }
 
 /// Kernel and configuration. QEMU reads these once, by name, so that a descriptor is named as a file.
 fn boot(line: &mut Line, machine: &Machine, descriptors: &Descriptors) {
-    line.add("kernel", own_file(descriptors.kernel));
-    line.add("initrd", own_file(descriptors.initramfs));
-    line.add("append", kernel_arguments(machine, descriptors.ready_port));
+    let (kernel, initramfs, ours) = match descriptors.start {
+        Start::Boot {
+            kernel,
+            initramfs,
+            ready_port,
+        } => (kernel, initramfs, format!("{READY_PORT_ARGUMENT}={ready_port}")),
+        Start::Template { kernel, initramfs, .. } => {
+            let kind = if machine.configuration.is_some() {
+                "own"
+            } else {
+                "plain"
+            };
+            (kernel, initramfs, format!("{TEMPLATE_ARGUMENT}={kind}"))
+        }
+        // Its state comes when QEMU is told to load it, and it goes on when it is told to.
+        Start::Clone { .. } => {
+            line.add("incoming", "defer");
+            line.flag("S");
+            return ignition(line, machine, descriptors);
+        }
+    };
+    line.add("kernel", own_file(kernel));
+    line.add("initrd", own_file(initramfs));
+    line.add("append", kernel_arguments(machine, ours));
+    ignition(line, machine, descriptors);
+}
+
+fn ignition(line: &mut Line, machine: &Machine, descriptors: &Descriptors) {
     if let Ignition::FwCfg { descriptor } = descriptors.ignition {
         let file = own_file(descriptor);
         line.add("fw_cfg", format!("name={},file={file}", machine.guest.ignition_fw_cfg));
@@ -150,9 +193,9 @@ fn boot(line: &mut Line, machine: &Machine, descriptors: &Descriptors) {
 }
 
 /// The guest's own arguments, the launcher's, then the machine's, which thereby have the last word.
-fn kernel_arguments(machine: &Machine, ready_port: u32) -> String {
+fn kernel_arguments(machine: &Machine, of_the_start: String) -> String {
     // With -no-reboot a panic thus ends QEMU at once, rather than leave a dead machine that looks alive.
-    let mut ours = vec!["panic=-1".to_owned(), format!("{READY_PORT_ARGUMENT}={ready_port}")];
+    let mut ours = vec!["panic=-1".to_owned(), of_the_start];
     if matches!(machine.network, Network::User { .. }) {
         // dracut.cmdline(7). The agent gives the interface its address, but names are resolved by a file.
         ours.push(format!("nameserver={}", forward::NAME_SERVER));
@@ -209,69 +252,21 @@ fn disk(line: &mut Line, name: &str, driver: &str, descriptor: RawFd, serial: Op
     );
 }
 
-/// Everything through which guest and host talk.
-fn connections(line: &mut Line, descriptors: &Descriptors) {
-    chardev(line, "qmp", descriptors.qmp);
+/// The monitor, the console, and what the guest needs of the host from the beginning.
+fn console(line: &mut Line, descriptors: &Descriptors) {
+    line.chardev("qmp", descriptors.qmp);
     line.add("mon", "chardev=qmp,mode=control");
-    chardev(line, "console", descriptors.console);
+    line.chardev("console", descriptors.console);
     line.add("serial", "chardev:console");
     line.add("device", "virtio-rng-pci,disable-legacy=on");
-    match descriptors.vsock {
-        Vsock::Vhost { descriptor, cid } => {
-            line.add(
-                "device",
-                format!("vhost-vsock-pci,guest-cid={cid},vhostfd={descriptor}"),
-            );
-        }
-        Vsock::VhostUser { connection } => {
-            chardev(line, "vsock", connection);
-            line.add("device", "vhost-user-vsock-pci,chardev=vsock");
-        }
-    }
-    chardev(line, "shared", descriptors.shared);
-    line.add("device", format!("vhost-user-fs-pci,chardev=shared,tag={SHARED_TAG}"));
 }
 
-/// A connected Unix socket.
-fn chardev(line: &mut Line, name: &str, descriptor: RawFd) {
-    line.add("chardev", format!("socket,id={name},fd={descriptor}"));
-}
-
-fn network(line: &mut Line, machine: &Machine, taps: &[Tap]) {
-    if let Network::User { forwards } = &machine.network {
-        let mut netdev = format!(
-            "user,id=user,ipv6=off,net={}/{},dhcpstart={}",
-            forward::NETWORK,
-            forward::PREFIX_LENGTH,
-            forward::GUEST
-        );
-        for forward in forwards {
-            netdev += &format!(",hostfwd={forward}");
-        }
-        line.add("netdev", netdev);
-        line.add("device", interface("user", USER_MAC, USER_MTU));
-    }
-    for (
-        number,
-        Tap {
-            descriptor,
-            vhost,
-            mac,
-            mtu,
-        },
-    ) in taps.iter().enumerate()
-    {
-        let vhost = vhost
-            .map(|vhost| format!(",vhost=on,vhostfd={vhost}"))
-            .unwrap_or_default();
-        line.add("netdev", format!("tap,id=net{number},fd={descriptor}{vhost}"));
-        line.add("device", interface(&format!("net{number}"), mac, *mtu));
-    }
-}
-
-/// Without its boot ROM: nobody boots from the network.
-fn interface(netdev: &str, mac: &str, mtu: u32) -> String {
-    format!("virtio-net-pci,netdev={netdev},mac={mac},host_mtu={mtu},romfile=,disable-legacy=on")
+/// Where a clone is woken, and where its devices come to be.
+fn late(line: &mut Line, wake: RawFd) {
+    line.chardev("wake", wake);
+    line.add("serial", "chardev:wake");
+    let slot = Device::new("pcie-root-port").with("id", SLOT).with("chassis", 1);
+    line.add("device", slot.to_string());
 }
 
 fn own_file(descriptor: RawFd) -> String {
@@ -281,6 +276,7 @@ fn own_file(descriptor: RawFd) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qemu::devices::{Tap, Vsock};
     use crate::{
         disk::Disk,
         guest::DiskFormat,
@@ -290,18 +286,22 @@ mod tests {
 
     fn descriptors() -> Descriptors {
         Descriptors {
-            kernel: 10,
-            initramfs: 11,
+            start: Start::Boot {
+                kernel: 10,
+                initramfs: 11,
+                ready_port: 1026,
+            },
             ignition: Ignition::FwCfg { descriptor: 12 },
             root: 13,
             agent_disk: 14,
             data_disk: None,
             qmp: 15,
             console: 16,
-            vsock: Vsock::VhostUser { connection: 17 },
-            shared: 18,
-            taps: Vec::new(),
-            ready_port: 1026,
+            connections: Connections {
+                vsock: Some(Vsock::VhostUser { connection: 17 }),
+                shared: Some(18),
+                taps: Vec::new(),
+            },
         }
     }
 
@@ -337,14 +337,17 @@ mod tests {
             mtu: 1450,
         };
         let descriptors = Descriptors {
-            vsock: Vsock::Vhost {
-                descriptor: 17,
-                cid: 4711,
+            connections: Connections {
+                vsock: Some(Vsock::Vhost {
+                    descriptor: 17,
+                    cid: 4711,
+                }),
+                taps: vec![
+                    tap(20, Some(21), "02:00:00:00:00:01"),
+                    tap(22, None, "02:00:00:00:00:02"),
+                ],
+                ..descriptors().connections
             },
-            taps: vec![
-                tap(20, Some(21), "02:00:00:00:00:01"),
-                tap(22, None, "02:00:00:00:00:02"),
-            ],
             ..descriptors()
         };
         insta::assert_snapshot!(lines(&machine, Acceleration::Kvm, &descriptors));
@@ -406,6 +409,30 @@ mod tests {
             (&"qcow2".into(), &serde_json::Value::Null)
         );
         assert!(node.as_object().unwrap().contains_key("backing"));
+    }
+
+    #[test]
+    fn a_template_boots_without_connections() {
+        let descriptors = Descriptors {
+            start: Start::Template {
+                kernel: 10,
+                initramfs: 11,
+                memory: 12,
+                wake: 13,
+            },
+            connections: Connections::default(),
+            ..descriptors()
+        };
+        insta::assert_snapshot!(lines(&machine(), Acceleration::Tcg, &descriptors));
+    }
+
+    #[test]
+    fn a_clone_has_the_devices_of_its_template_and_waits_for_its_state() {
+        let descriptors = Descriptors {
+            start: Start::Clone { memory: 12, wake: 13 },
+            ..descriptors()
+        };
+        insta::assert_snapshot!(lines(&machine(), Acceleration::Tcg, &descriptors));
     }
 
     #[test]

@@ -1,6 +1,7 @@
-//! QEMU: the program ([`program`]), its command line ([`arguments`]) and its control connection ([`qmp`]).
+//! QEMU: the program ([`program`]), its command line ([`arguments`], [`devices`]) and its control connection ([`qmp`]).
 
 pub mod arguments;
+pub mod devices;
 pub mod program;
 pub mod qmp;
 

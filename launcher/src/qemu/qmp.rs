@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use super::devices::Device;
 use futures::StreamExt;
 use qapi::{
     Command, ExecuteError,
@@ -50,10 +51,19 @@ pub struct Ending {
     pub rebooted: bool,
 }
 
+/// How far the machine's state has been written or read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Transfer {
+    UnderWay,
+    Done,
+    Failed,
+}
+
 /// The connection. Dropping it ends its task.
 pub struct Qmp {
     service: QapiService<QmpStreamTokio<WriteHalf<UnixStream>>>,
     ending: watch::Receiver<Ending>,
+    transfer: watch::Receiver<Transfer>,
     events: JoinHandle<()>,
 }
 
@@ -75,10 +85,12 @@ impl Qmp {
         let stream = timeout(ANSWER, open).await.map_err(|_| QmpError::Timeout { command })?;
         let (service, events) = stream.map_err(QmpError::Connection)?.into_parts();
         let (said, ending) = watch::channel(Ending::default());
+        let (transferred, transfer) = watch::channel(Transfer::UnderWay);
         Ok(Self {
             service,
             ending,
-            events: tokio::spawn(watch_events(events, said)),
+            transfer,
+            events: tokio::spawn(watch_events(events, said, transferred)),
         })
     }
 
@@ -103,6 +115,67 @@ impl Qmp {
     /// Ends QEMU at once.
     pub async fn quit(&self) -> Result<(), QmpError> {
         self.execute(qmp::quit {}).await.map(drop)
+    }
+
+    /// Leaves memory that is shared out of what is saved and restored, and says how saving and restoring go on.
+    pub async fn leave_memory_out(&self) -> Result<(), QmpError> {
+        use qmp::MigrationCapability::{events, x_ignore_shared};
+        let capabilities = [events, x_ignore_shared].map(|capability| qmp::MigrationCapabilityStatus {
+            capability,
+            state: true,
+        });
+        let capabilities = capabilities.to_vec();
+        self.execute(qmp::migrate_set_capabilities { capabilities })
+            .await
+            .map(drop)
+    }
+
+    /// Begins to write the state of the halted machine to `address`, such as `unix:<path>`.
+    pub async fn save_to(&self, address: String) -> Result<(), QmpError> {
+        let command = qmp::migrate {
+            channels: None,
+            detach: None,
+            resume: None,
+            uri: Some(address),
+        };
+        self.execute(command).await.map(drop)
+    }
+
+    /// Begins to read the machine's state from `address`, such as `fd:<number>`.
+    pub async fn restore_from(&self, address: String) -> Result<(), QmpError> {
+        let command = qmp::migrate_incoming {
+            channels: None,
+            exit_on_error: None,
+            uri: Some(address),
+        };
+        self.execute(command).await.map(drop)
+    }
+
+    /// Waits until the state is written or read in full.
+    pub async fn transferred(&self) -> Result<(), QmpError> {
+        const COMMAND: &str = qmp::migrate::NAME;
+        let mut transfer = self.transfer.clone();
+        let ended = transfer.wait_for(|transfer| *transfer != Transfer::UnderWay);
+        match timeout(ANSWER, ended).await {
+            Ok(Ok(ended)) if *ended == Transfer::Done => Ok(()),
+            Ok(Ok(_)) => Err(QmpError::Refused {
+                command: COMMAND,
+                reason: "the transfer of the machine's state failed".to_owned(),
+            }),
+            Ok(Err(_)) => Err(QmpError::Connection(io::ErrorKind::UnexpectedEof.into())),
+            Err(_) => Err(QmpError::Timeout { command: COMMAND }),
+        }
+    }
+
+    /// Gives the machine another device.
+    pub async fn add_device(&self, device: &Device) -> Result<(), QmpError> {
+        let command = qmp::device_add {
+            bus: None,
+            id: None,
+            driver: device.driver.to_owned(),
+            arguments: device.properties(),
+        };
+        self.execute(command).await.map(drop)
     }
 
     /// What is known of the guest's end. Its sender goes when QEMU's last word was read.
@@ -133,6 +206,7 @@ impl Drop for Qmp {
 async fn watch_events(
     mut events: QapiEvents<QmpStreamTokio<Bounded<ReadHalf<UnixStream>>>>,
     said: watch::Sender<Ending>,
+    transferred: watch::Sender<Transfer>,
 ) {
     while let Some(event) = events.next().await {
         match event {
@@ -142,6 +216,11 @@ async fn watch_events(
                 qmp::ShutdownCause::guest_panic => ending.panicked = true,
                 _ => ending.powered_off = true,
             }),
+            Ok(Event::MIGRATION { data, .. }) => match data.status {
+                qmp::MigrationStatus::completed => drop(transferred.send_replace(Transfer::Done)),
+                qmp::MigrationStatus::failed => drop(transferred.send_replace(Transfer::Failed)),
+                _ => {}
+            },
             Ok(_) => {}
             // QEMU ended with words of ours unread.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,

@@ -3,7 +3,7 @@
 
 use std::{process::ExitStatus, sync::Arc, time::Duration};
 
-use futures::future::select_all;
+use futures::{StreamExt, stream::FuturesUnordered};
 use tokio::{
     sync::watch,
     time::{Instant, timeout, timeout_at},
@@ -29,18 +29,16 @@ pub(super) struct Watch {
     pub(super) console: Console,
     /// What QEMU says of the guest's end, from its greeting on.
     pub(super) ending: Option<watch::Receiver<Ending>>,
+    /// When the machine has to be up, and how long that is from its start.
+    pub(super) deadline: Instant,
+    pub(super) boot_timeout: Duration,
 }
 
 impl Watch {
-    /// Waits for `step` of the boot, but neither beyond `deadline`, nor beyond the end of one of the machine's processes.
-    pub(super) async fn during<T>(
-        &mut self,
-        deadline: Instant,
-        boot_timeout: Duration,
-        step: impl Future<Output = Result<T, VmError>>,
-    ) -> Result<T, VmError> {
+    /// Waits for `step` of the boot, but neither beyond the deadline, nor beyond the end of one of the machine's processes.
+    pub(super) async fn during<T>(&mut self, step: impl Future<Output = Result<T, VmError>>) -> Result<T, VmError> {
         let outcome = tokio::select! {
-            outcome = timeout_at(deadline, step) => Some(outcome),
+            outcome = timeout_at(self.deadline, step) => Some(outcome),
             _ = self.first_end() => None,
         };
         match outcome {
@@ -48,7 +46,7 @@ impl Watch {
             Some(Err(_)) => {
                 let console = self.last_lines();
                 return Err(VmError::Timeout {
-                    timeout: boot_timeout,
+                    timeout: self.boot_timeout,
                     console,
                 });
             }
@@ -105,14 +103,15 @@ impl Watch {
 
     /// Waits until one of the processes has ended; None: QEMU.
     async fn first_end(&self) -> Option<(&'static str, ExitStatus)> {
-        let helpers = self
+        let mut helpers: FuturesUnordered<_> = self
             .helpers
             .iter()
-            .map(|(name, process)| Box::pin(async move { (*name, process.exited().await) }));
+            .map(|(name, process)| async move { (*name, process.exited().await) })
+            .collect();
         tokio::select! {
             biased;
             _ = self.qemu.exited() => None,
-            (helper, ..) = select_all(helpers) => Some(helper),
+            Some(helper) = helpers.next() => Some(helper),
         }
     }
 

@@ -69,6 +69,7 @@ impl Place {
             guests_dir: present("COREOS_KVM_GUESTS", cache().join("guests"), "`devtool image`"),
             agent_disk: present("COREOS_KVM_AGENT_DISK", target.join("agent.erofs"), "`devtool test`"),
             state_dir: root.path().join("state"),
+            template_dir: root.path().join("templates"),
             virtiofsd: tools.join("virtiofsd"),
             vhost_device_vsock: tools.join("vhost-device-vsock"),
             ..Config::default()
@@ -94,6 +95,7 @@ impl Place {
             disk: None,
             cgroup: Some(format!("coreos-kvm-test-{}-{name}", std::process::id()).into()),
             boot_timeout: Duration::from_secs(120),
+            cloneable: false,
         }
     }
 

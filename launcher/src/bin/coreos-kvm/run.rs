@@ -186,6 +186,7 @@ impl Run {
             }),
             cgroup: None,
             boot_timeout: config.boot_timeout,
+            cloneable: false,
         })
     }
 

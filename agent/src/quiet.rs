@@ -1,0 +1,197 @@
+//! A guest that is about to be saved: nothing in it is under way, what it will need is loaded, and memory that nobody uses is
+//! zero, for zeros are not stored. And what is made up for when it has become a clone.
+
+use std::{
+    fs, io,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::{
+    sys::{
+        mman::{MapFlags, ProtFlags, mmap_anonymous, munmap},
+        stat::Mode,
+    },
+    unistd::mkfifo,
+};
+use tokio::time::{Instant, sleep};
+
+use crate::template::Kind;
+
+/// Drivers of the devices that a clone finds when it wakes up; each is loaded in the template, or part of its kernel.
+const DRIVERS: [&str; 3] = ["virtiofs", "vmw_vsock_virtio_transport", "virtio_net"];
+/// A unit that does not come up without what a template does not have, such as a network, is not waited for longer.
+const BOOT: Duration = Duration::from_secs(30);
+/// systemd's answers take tenths of seconds in an emulated guest.
+const ANSWER: Duration = Duration::from_secs(20);
+
+const JOURNAL: &str = "systemd-journald.service";
+/// Holds the journal's start back: it is a named pipe, and open(2) waits for the other side.
+const GATE: &str = "/run/coreos-kvm/journal-gate";
+const GATE_DROP_IN: &str = "/run/systemd/system/systemd-journald.service.d/coreos-kvm.conf";
+/// Where journals are, each machine's in a folder named by its id: systemd-journald.service(8).
+const JOURNALS: [&str; 2] = ["/run/log/journal", "/var/log/journal"];
+/// A guest that this marks holds back what only a machine of its own may do, such as making keys.
+const MARK: &str = "/run/coreos-kvm/template";
+
+/// Free memory that is left as it is, lest the kernel write back or drop what is still of use, in KiB.
+const RESERVE_KIB: usize = 12 * 1024;
+
+/// Loads the drivers, so that a device that appears has its driver at once.
+pub(crate) fn load_drivers() -> Result<()> {
+    run("modprobe", &[&["-a"], DRIVERS.as_slice()].concat())
+}
+
+/// Waits until systemd has started everything that it is to start, but not for ever.
+pub(crate) async fn boot_has_ended() {
+    let waited = tokio::process::Command::new("systemctl")
+        .args(["is-system-running", "--wait"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .status();
+    if tokio::time::timeout(BOOT, waited).await.is_err() {
+        tracing::warn!("some unit of the guest is still starting, and is saved as it is");
+    }
+}
+
+/// Has the journal restart, but not before the gate opens: a journal is marked with the ids of the machine that it was begun on.
+/// What services say meanwhile waits in their connections, which systemd keeps.
+pub(crate) async fn halt_journal() -> Result<()> {
+    if Path::new(GATE).exists() {
+        bail!("the journal is held back already");
+    }
+    mkfifo(GATE, Mode::S_IRUSR | Mode::S_IWUSR).context("making the journal's gate")?;
+    let folder = Path::new(GATE_DROP_IN).parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(folder).context("making a folder for the journal's unit")?;
+    let drop_in = format!("[Service]\nExecStartPre=/bin/cat {GATE}\nTimeoutStartSec=infinity\n");
+    fs::write(GATE_DROP_IN, drop_in).context("changing the journal's unit")?;
+    run("systemctl", &["daemon-reload"])?;
+    run("systemctl", &["restart", "--no-block", JOURNAL])?;
+    let deadline = Instant::now() + ANSWER;
+    while said("systemctl", &["show", "--property=SubState", "--value", JOURNAL])?.trim() != "start-pre" {
+        ensure!(Instant::now() < deadline, "the journal does not halt");
+        sleep(Duration::from_millis(50)).await;
+    }
+    // What was recorded so far stays readable, but is not added to.
+    for journal in journals() {
+        if let Some(name) = journal.to_str().and_then(|name| name.strip_suffix(".journal"))
+            && !name.contains('@')
+        {
+            fs::rename(&journal, format!("{name}@template.journal")).context("setting the template's journal aside")?;
+        }
+    }
+    Ok(())
+}
+
+/// All journals in the folders of all machines.
+fn journals() -> Vec<PathBuf> {
+    let entries = |folder: &Path| -> Vec<PathBuf> {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect()
+    };
+    let machines = JOURNALS.iter().flat_map(|folder| entries(Path::new(folder)));
+    machines.flat_map(|machine| entries(&machine)).collect()
+}
+
+/// Gives the journals of the machine `old` to the machine `new`.
+pub(crate) fn rename_journals(old: &str, new: &str) -> Result<()> {
+    for folder in JOURNALS {
+        let old = Path::new(folder).join(old);
+        if old.exists() {
+            fs::rename(&old, Path::new(folder).join(new)).with_context(|| format!("renaming {}", old.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Drops what the kernel only keeps to be faster, and makes free memory zero.
+pub(crate) fn free_memory() -> Result<()> {
+    nix::unistd::sync();
+    // Two rounds: the first frees what holds on to more.
+    for _ in 0..2 {
+        fs::write("/proc/sys/vm/drop_caches", "3").context("dropping caches")?;
+        zero_free_memory()?;
+    }
+    let _ = fs::write("/proc/sys/vm/compact_memory", "1");
+    Ok(())
+}
+
+/// Takes all free memory, which the kernel clears page by page, and gives it back.
+fn zero_free_memory() -> Result<()> {
+    let text = fs::read_to_string("/proc/meminfo").context("asking for the free memory")?;
+    let free = text
+        .lines()
+        .find_map(|line| {
+            line.strip_prefix("MemFree:")?
+                .trim()
+                .strip_suffix(" kB")?
+                .parse::<usize>()
+                .ok()
+        })
+        .context("/proc/meminfo does not tell the free memory")?;
+    let Some(length) = NonZeroUsize::new(free.saturating_sub(RESERVE_KIB) * 1024) else {
+        return Ok(());
+    };
+    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_POPULATE;
+    // SAFETY: a new mapping where the kernel likes, which nobody knows of.
+    let mapping = unsafe { mmap_anonymous(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags) };
+    let mapping = mapping.context("taking the free memory")?;
+    // SAFETY: the mapping of the line before.
+    unsafe { munmap(mapping, length.get()) }.context("giving the free memory back")
+}
+
+/// Has the kernel look for devices: those that came while the machine was asleep.
+pub(crate) fn find_new_devices() -> Result<()> {
+    fs::write("/sys/bus/pci/rescan", "1").context("looking for new devices")
+}
+
+/// The machine is nobody's template any more.
+pub(crate) fn unmark() -> Result<()> {
+    match fs::remove_file(MARK) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).context("removing the mark of a template"),
+        _ => Ok(()),
+    }
+}
+
+/// Lets go on what waited for the machine to be one of its own.
+pub(crate) fn wake_services(kind: Kind) -> Result<()> {
+    fs::remove_file(GATE_DROP_IN).context("restoring the journal's unit")?;
+    // The journal has been waiting at the other side, or the open would wait for it.
+    let gate = fs::File::options().write(true).open(GATE);
+    drop(gate.context("letting the journal start")?);
+    if kind == Kind::Own {
+        // Its end is the reaper's.
+        Command::new("systemctl")
+            .args(["start", "--no-block", "default.target"])
+            .stdin(Stdio::null())
+            .spawn()
+            .context("having systemd start what waited")?;
+    }
+    Ok(())
+}
+
+fn run(program: &str, arguments: &[&str]) -> Result<()> {
+    said(program, arguments).map(drop)
+}
+
+fn said(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("running {program}"))?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "{program} {}: {}: {}",
+        arguments.join(" "),
+        output.status,
+        error.trim()
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}

@@ -1,0 +1,417 @@
+//! Making what a machine consists of, in an order in which a failure costs least, to the point where its QEMU answers.
+
+use std::{
+    fs::{DirBuilder, File},
+    io::{self, Write},
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::{
+            fs::{DirBuilderExt, chown},
+            net::UnixStream,
+        },
+    },
+    path::Path,
+    sync::Arc,
+};
+
+use coreos_kvm_proto::agent::ConfigureNetworkRequest;
+use nix::{
+    fcntl::{FcntlArg, SealFlag, fcntl},
+    sys::memfd::{MFdFlags, memfd_create},
+};
+use tokio::{net::UnixListener, time::Instant};
+
+use super::{VmError, plan::Plan, watch::Watch};
+use crate::{
+    carriage::Carriage,
+    cgroup,
+    config::Config,
+    console::{Console, Watcher},
+    machine::{Machine, Network},
+    netdev,
+    process::{Confinement, Process},
+    qemu::{
+        arguments::{self, Descriptors, Start},
+        devices::{self, CLONE_TAPS_MAX, Connections, Device},
+        qmp::Qmp,
+    },
+    state::{Helper, Record, StateDir},
+    template::memory::Filler,
+    user,
+    virtiofs::{self, VirtioFs},
+    vsock::{Backend, ReadyListener, VsockDevice, VsockDialer},
+};
+
+/// What the guest's memory is at first, and what becomes of the guest.
+pub(super) enum Origin {
+    /// Empty; it boots.
+    Boot,
+    /// Empty, in a file that is saved later.
+    Template { memory: File },
+    /// A file that is filled from a template, whose devices had that state.
+    Clone {
+        memory: File,
+        filler: Filler,
+        state: Vec<u8>,
+    },
+}
+
+/// Where QEMU leaves the state of its devices, or finds it.
+pub(super) enum Transfer {
+    None,
+    /// A descriptor, by its number in QEMU's process.
+    From(RawFd),
+    /// A socket of that name in a folder, which has that number in QEMU's process: QEMU may start no other process, and knows no
+    /// other way to be given a place to write to.
+    To {
+        listener: UnixListener,
+        folder: RawFd,
+        name: &'static str,
+    },
+}
+
+/// A machine whose QEMU answers.
+pub(super) struct Made {
+    pub(super) qemu: Arc<Process>,
+    pub(super) watch: Watch,
+    pub(super) qmp: Qmp,
+    pub(super) begin: Instant,
+    /// The host's end of the port on which templates and clones are talked to.
+    pub(super) wake: Option<tokio::net::UnixStream>,
+    pub(super) transfer: Transfer,
+    /// The ways to the guest's agent; a template has none.
+    pub(super) line: Option<Line>,
+    /// What a clone is given when it has been restored, in this order.
+    pub(super) devices: Vec<Device>,
+    pub(super) network: Option<ConfigureNetworkRequest>,
+}
+
+/// The ways between launcher and agent.
+pub(super) struct Line {
+    pub(super) ready: ReadyListener,
+    pub(super) dialer: VsockDialer,
+}
+
+/// Makes everything. `record` names each thing before it is made.
+pub(super) async fn make(
+    config: &Config,
+    machine: &Machine,
+    plan: &Plan,
+    origin: Origin,
+    (state, record): (&StateDir, &mut Record),
+    watcher: Option<Watcher>,
+) -> Result<Made, VmError> {
+    state.write(record)?;
+    let wall = wall(config, machine, plan, state, record)?;
+    let connected = match origin {
+        Origin::Template { .. } => Connected::default(),
+        Origin::Boot | Origin::Clone { .. } => connect(config, machine, &wall, state, record).await?,
+    };
+
+    let interfaces = connected.connections.taps.len();
+    if matches!(origin, Origin::Clone { .. }) && interfaces > CLONE_TAPS_MAX {
+        return Err(VmError::NoTemplate(format!(
+            "it has {interfaces} network interfaces, and a clone can have {CLONE_TAPS_MAX}"
+        )));
+    }
+
+    let (qmp_here, qmp_there) = UnixStream::pair().map_err(VmError::io("making QEMU's control connection"))?;
+    let (console_here, console_there) = UnixStream::pair().map_err(VmError::io("making the console's connection"))?;
+    let mut inherited = connected.inherited;
+    let qmp = inherited.add(qmp_there);
+    let console = inherited.add(console_there);
+    let mut first: Box<dyn FnMut() -> io::Result<()> + Send + Sync> = Box::new(|| Ok(()));
+    let (mut wake, mut transfer) = (None, Transfer::None);
+    let start = match origin {
+        Origin::Boot => Start::Boot {
+            kernel: inherited.file(&machine.guest.kernel)?,
+            initramfs: inherited.file(&machine.guest.initramfs)?,
+            ready_port: match &connected.line {
+                Some(line) => line
+                    .ready
+                    .port()
+                    .map_err(VmError::io("asking for the port of the agent's greeting"))?,
+                None => coreos_kvm_proto::READY_PORT,
+            },
+        },
+        Origin::Template { memory } => {
+            transfer = place_to_save(state, record.uid, &mut inherited)?;
+            Start::Template {
+                kernel: inherited.file(&machine.guest.kernel)?,
+                initramfs: inherited.file(&machine.guest.initramfs)?,
+                memory: inherited.add(memory),
+                wake: inherited.add(wake_port(&mut wake)?),
+            }
+        }
+        Origin::Clone {
+            memory,
+            mut filler,
+            state,
+        } => {
+            first = Box::new(move || filler.fill());
+            transfer = Transfer::From(inherited.add(in_memory(&state)?));
+            Start::Clone {
+                memory: inherited.add(memory),
+                wake: inherited.add(wake_port(&mut wake)?),
+            }
+        }
+    };
+    let descriptors = Descriptors {
+        start,
+        ignition: match &plan.ignition {
+            Carriage::FwCfg(text) | Carriage::FwCfgCompressed(text) => arguments::Ignition::FwCfg {
+                descriptor: inherited.add(in_memory(text.as_bytes())?),
+            },
+            Carriage::Disk { serial, content } => arguments::Ignition::Disk {
+                descriptor: inherited.add(in_memory(content.as_bytes())?),
+                serial: serial.clone(),
+            },
+        },
+        root: inherited.file(&machine.guest.root)?,
+        agent_disk: inherited.file(&config.agent_disk)?,
+        data_disk: plan.data_disk()?.map(|disk| inherited.add(disk)),
+        qmp,
+        console,
+        connections: connected.connections,
+    };
+
+    let console = async_socket(console_here).map_err(VmError::io("reading the console"))?;
+    let console = Console::start(console, &state.console(), watcher).map_err(VmError::io("recording the console"))?;
+    let arguments = arguments::arguments(machine, plan.acceleration, &descriptors);
+    let begin = Instant::now();
+    let qemu = Arc::new(Process::start_after(first, &plan.qemu, &arguments, inherited.0, wall)?);
+    record.qemu = Some(qemu.id());
+    state.write(record)?;
+
+    let mut watch = Watch {
+        qemu: qemu.clone(),
+        helpers: connected.helpers,
+        console,
+        ending: None,
+        deadline: begin + machine.boot_timeout,
+        boot_timeout: machine.boot_timeout,
+    };
+    let qmp = watch.during(async { Ok(Qmp::open(qmp_here).await?) }).await?;
+    watch.ending = Some(qmp.ending());
+    Ok(Made {
+        qemu,
+        watch,
+        qmp,
+        begin,
+        wake,
+        transfer,
+        line: connected.line,
+        devices: devices::plugged(machine, &descriptors.connections),
+        network: connected.network,
+    })
+}
+
+/// What all of the machine's processes are behind.
+fn wall(
+    config: &Config,
+    machine: &Machine,
+    plan: &Plan,
+    state: &StateDir,
+    record: &mut Record,
+) -> Result<Confinement, VmError> {
+    let uid = user::allocate(
+        &config.state_dir,
+        config.vm_uids.start,
+        config.vm_uids.end - config.vm_uids.start,
+        &machine.id,
+    )?;
+    record.uid = Some(uid);
+    record.cgroup = machine.cgroup.clone();
+    if let Network::Tap { netns, .. } = &machine.network {
+        record.netns = Some(netns.clone());
+    }
+    state.write(record)?;
+
+    let mut wall = Confinement {
+        uid: Some(uid),
+        groups: plan.groups.clone(),
+        ..Confinement::default()
+    };
+    if let Some(cgroup) = &machine.cgroup {
+        wall.cgroups = cgroup::create(cgroup)?;
+    }
+    if let Network::Tap { netns, .. } = &machine.network {
+        let open = File::open(netns).map_err(VmError::io(format!(
+            "opening the network namespace {}",
+            netns.display()
+        )))?;
+        wall.netns = Some(open);
+    }
+    Ok(wall)
+}
+
+/// The host's side of a guest's connections.
+#[derive(Default)]
+struct Connected {
+    connections: Connections,
+    helpers: Vec<super::watch::Helper>,
+    line: Option<Line>,
+    network: Option<ConfigureNetworkRequest>,
+    inherited: Inherited,
+}
+
+async fn connect(
+    config: &Config,
+    machine: &Machine,
+    wall: &Confinement,
+    state: &StateDir,
+    record: &mut Record,
+) -> Result<Connected, VmError> {
+    let another_wall = || wall.try_clone().map_err(VmError::io("duplicating descriptors"));
+
+    // virtiofsd starts while the vsock device is waited for.
+    virtiofs::prepare(&state.mount_points(), &state.shared())?;
+    // As root, for the files of containers have any owner; it confines itself further.
+    let confinement = Confinement {
+        uid: None,
+        groups: Vec::new(),
+        ..another_wall()?
+    };
+    let virtiofs = VirtioFs::start(
+        &config.virtiofsd,
+        &state.shared(),
+        &state.path().join("virtiofs"),
+        confinement,
+    )?;
+    note_helper(record, "virtiofsd", &virtiofs.process);
+    let vsock = VsockDevice::prepare(&config.vhost_device_vsock, state.path(), another_wall()?).await?;
+    if let Backend::VhostUser { process, .. } = &vsock.backend {
+        note_helper(record, "vhost-device-vsock", process);
+    }
+    record.vsock = Some(vsock.address.clone());
+    state.write(record)?;
+    let line = Line {
+        ready: ReadyListener::bind(&vsock.address, wall.uid)?,
+        dialer: vsock.dialer(),
+    };
+
+    let mut connected = Connected {
+        helpers: vec![("virtiofsd", virtiofs.process)],
+        line: Some(line),
+        ..Connected::default()
+    };
+    let inherited = &mut connected.inherited;
+    connected.connections.shared = Some(inherited.add(virtiofs.connection));
+    connected.connections.vsock = Some(match vsock.backend {
+        Backend::Vhost { device, cid } => devices::Vsock::Vhost {
+            descriptor: inherited.add(device),
+            cid,
+        },
+        Backend::VhostUser { process, connection } => {
+            connected.helpers.push(("vhost-device-vsock", process));
+            devices::Vsock::VhostUser {
+                connection: inherited.add(connection),
+            }
+        }
+    });
+    match &machine.network {
+        Network::None => {}
+        Network::User { .. } => connected.network = Some(netdev::user_configuration()),
+        Network::Tap { netns, redirects } => {
+            let attached = netdev::attach(netns, redirects).await?;
+            for tap in attached.taps {
+                connected.connections.taps.push(devices::Tap {
+                    descriptor: inherited.add(tap.descriptor),
+                    vhost: tap.vhost.map(|vhost| inherited.add(vhost)),
+                    mac: tap.mac,
+                    mtu: tap.mtu,
+                });
+            }
+            connected.network = Some(attached.configuration);
+        }
+    }
+    Ok(connected)
+}
+
+fn note_helper(record: &mut Record, name: &str, process: &Process) {
+    record.helpers.push(Helper {
+        name: name.to_owned(),
+        process: process.id(),
+    });
+}
+
+/// Makes the connection of the second serial port: answers QEMU's end, and leaves ours in `here`.
+fn wake_port(here: &mut Option<tokio::net::UnixStream>) -> Result<UnixStream, VmError> {
+    let mut make = || {
+        let (ours, theirs) = UnixStream::pair()?;
+        *here = Some(async_socket(ours)?);
+        Ok(theirs)
+    };
+    make().map_err(VmError::io("making the connection on which the guest is woken"))
+}
+
+/// Makes the socket to which QEMU connects in order to save its devices.
+fn place_to_save(state: &StateDir, uid: Option<u32>, inherited: &mut Inherited) -> Result<Transfer, VmError> {
+    const NAME: &str = "devices";
+    let mut make = || {
+        let path = state.path().join("save");
+        DirBuilder::new().mode(0o700).create(&path)?;
+        chown(&path, uid, uid)?;
+        // By the folder's descriptor, for the folders above are closed to QEMU; that also keeps the path short: unix(7).
+        let open = File::open(&path)?;
+        let listener = UnixListener::bind(format!("/proc/self/fd/{}/{NAME}", open.as_raw_fd()))?;
+        chown(path.join(NAME), uid, uid)?;
+        Ok(Transfer::To {
+            listener,
+            folder: inherited.add(open),
+            name: NAME,
+        })
+    };
+    make().map_err(VmError::io("making the socket to which the state of devices is saved"))
+}
+
+/// Descriptors that QEMU is given; their numbers stay.
+#[derive(Default)]
+struct Inherited(Vec<OwnedFd>);
+
+impl Inherited {
+    fn add(&mut self, descriptor: impl Into<OwnedFd>) -> RawFd {
+        let descriptor = descriptor.into();
+        let number = descriptor.as_raw_fd();
+        self.0.push(descriptor);
+        number
+    }
+
+    fn file(&mut self, path: &Path) -> Result<RawFd, VmError> {
+        File::open(path)
+            .map(|file| self.add(file))
+            .map_err(VmError::io(format!("opening {}", path.display())))
+    }
+}
+
+fn in_memory(content: &[u8]) -> Result<File, VmError> {
+    sealed(content).map_err(VmError::io("keeping the configuration in memory"))
+}
+
+/// A file in memory that nobody can change any more, and that has no name: a configuration may hold secrets.
+fn sealed(content: &[u8]) -> io::Result<File> {
+    let mut file = File::from(memfd_create(
+        c"coreos-kvm",
+        MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
+    )?);
+    file.write_all(content)?;
+    let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+    // Of a disk's descriptors QEMU takes the one that is open as the disk is: for reading alone.
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// Memory for a guest, all zero, of which nothing is there yet.
+pub(super) fn empty_memory(machine: &Machine) -> Result<File, VmError> {
+    let make = || {
+        let memory = File::from(memfd_create(c"guest", MFdFlags::MFD_CLOEXEC)?);
+        memory.set_len(machine.memory_mib << 20)?;
+        Ok(memory)
+    };
+    make().map_err(VmError::io("making the guest's memory"))
+}
+
+fn async_socket(socket: UnixStream) -> io::Result<tokio::net::UnixStream> {
+    socket.set_nonblocking(true)?;
+    tokio::net::UnixStream::from_std(socket)
+}

@@ -1,0 +1,276 @@
+//! A machine that goes on where a template was saved: found or made, restored, and woken as a machine of its own.
+
+use std::{
+    fs::File,
+    io,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use coreos_kvm_proto::{SEED_LENGTH, agent::Awakening};
+use protobuf::Message;
+use tokio::{
+    io::AsyncWriteExt,
+    time::{Instant, sleep},
+};
+
+use super::{
+    VmError,
+    build::{self, Made, Origin, Transfer},
+    plan::{Plan, plan},
+    save,
+};
+use crate::{
+    carriage::Carriage,
+    config::{Config, Templates},
+    machine::{Machine, Network},
+    process::ProcessError,
+    sentence,
+    template::{
+        Key, Store, Template, TemplateError,
+        memory::{self, Filler, ID},
+    },
+};
+
+/// Between two looks at whether the template is there that another process makes.
+const LOOK: Duration = Duration::from_millis(20);
+/// Between two lines in the log of one who waits.
+const NEWS: Duration = Duration::from_secs(5);
+
+/// A template that a machine can be a clone of.
+pub(super) struct Found {
+    pub(super) store: Store,
+    pub(super) key: Key,
+    template: Template,
+}
+
+/// Finds the template of a machine, or makes it, or waits for whoever makes it.
+///
+/// # Errors
+/// Why the machine has to boot instead, as a sentence.
+pub(super) async fn find(config: &Config, machine: &Machine, started: &Plan) -> Result<Found, String> {
+    if !machine.cloneable {
+        return Err("it is not to be one".to_owned());
+    }
+    let of_template = save::template_machine(machine);
+    let planned = match plan(config, &of_template).await {
+        Ok(planned) if planned.ignition == started.ignition => planned,
+        _ => return Err("its configuration refers to its own name or addresses".to_owned()),
+    };
+    unfit(machine, started).map_or(Ok(()), Err)?;
+    let said = |error: TemplateError| sentence(&error);
+    let store = Store::open(&config.template_dir, config.template_space_mib << 20).map_err(said)?;
+    let key = save::key(config, &of_template, &planned).map_err(said)?;
+    if let Some(why) = store.uses(key.as_str()).left_alone() {
+        return Err(why);
+    }
+    let template = find_or_make(config, &of_template, planned, &store, &key).await?;
+    Ok(Found { store, key, template })
+}
+
+/// What a clone cannot have.
+fn unfit(machine: &Machine, plan: &Plan) -> Option<String> {
+    if machine.disk.is_some() {
+        return Some("it has a disk of its own".to_owned());
+    }
+    if let Network::User { .. } = machine.network {
+        return Some("it is on QEMU's own network".to_owned());
+    }
+    // Its guest has put the disk away, and a clone's would find it again.
+    if let Carriage::Disk { .. } = plan.ignition {
+        return Some("its configuration is so long that it has a disk for it".to_owned());
+    }
+    None
+}
+
+async fn find_or_make(
+    config: &Config,
+    machine: &Machine,
+    plan: Plan,
+    store: &Store,
+    key: &Key,
+) -> Result<Template, String> {
+    let begin = Instant::now();
+    let mut news = begin + NEWS;
+    loop {
+        match store.find(key) {
+            Ok(Some(template)) => return Ok(template),
+            Ok(None) => {}
+            Err(error) => {
+                let why = sentence(&error);
+                tracing::warn!(template = %key, why, "the template cannot be used");
+                forget_damaged(store, key, &error);
+                return Err(why);
+            }
+        }
+        let right = store.try_lock(key).map_err(|error| sentence(&error))?;
+        match right {
+            Some(right) => {
+                // Whoever had the right may just have finished.
+                if let Ok(Some(template)) = store.find(key) {
+                    return Ok(template);
+                }
+                let draft = store.draft(key, &right).map_err(|error| sentence(&error))?;
+                return save::make(config, machine, plan, draft).await.map_err(|error| {
+                    let why = format!("its template cannot be made: {}", sentence(&error));
+                    store.note_use(key, Some(why.clone()));
+                    why
+                });
+            }
+            None if config.templates == Templates::Boot => {
+                return Err("its template is just being made".to_owned());
+            }
+            None => {
+                if Instant::now() >= news {
+                    let seconds = begin.elapsed().as_secs();
+                    tracing::info!(template = %key, seconds, "the machine waits for its template, which another process makes");
+                    news += NEWS;
+                }
+                sleep(LOOK).await;
+            }
+        }
+    }
+}
+
+/// Removes a template that is damaged, so that a whole one can be made.
+fn forget_damaged(store: &Store, key: &Key, error: &TemplateError) {
+    if let TemplateError::Damaged { .. } = error
+        && let Err(error) = store.remove(key.as_str())
+    {
+        tracing::warn!(template = %key, %error, "the damaged template cannot be removed");
+    }
+}
+
+/// Notes that a clone did not come up.
+pub(super) fn give_up_on(store: &Store, key: &Key, error: &VmError, why: &str) {
+    if let VmError::Template(error) = error {
+        forget_damaged(store, key, error);
+    }
+    store.note_use(key, Some(why.to_owned()));
+}
+
+/// What is known of a failure when the process was still to fill the memory.
+pub(super) fn tell_damage(restore: Option<&Restore>) -> impl FnOnce(VmError) -> VmError {
+    let key = restore.map(|restore| restore.key.to_string());
+    move |error| match (error, key) {
+        (VmError::Process(ProcessError::Start { source, .. }), Some(key)) if memory::is_damage(&source) => {
+            VmError::Template(TemplateError::Damaged {
+                key,
+                problem: "its memory is not the one that was saved".to_owned(),
+            })
+        }
+        (error, _) => error,
+    }
+}
+
+/// What a clone still needs when its QEMU is there.
+pub(super) struct Restore {
+    key: Key,
+    ids: Ids,
+}
+
+/// What tells one boot of one machine from all others.
+struct Ids {
+    boot_id: [u8; ID],
+    machine_id: [u8; ID],
+}
+
+impl Found {
+    /// Prepares a clone: its memory, with ids of its own in it, and what comes later.
+    pub(super) fn prepare(self, machine: &Machine) -> Result<(Origin, Restore), VmError> {
+        let ids = Ids {
+            boot_id: random_id()?,
+            machine_id: random_id()?,
+        };
+        let Template {
+            manifest,
+            map,
+            data,
+            state,
+            ..
+        } = self.template;
+        let memory = build::empty_memory(machine)?;
+        let boot_ids = manifest.boot_id_at.iter().map(|place| (*place, ids.boot_id));
+        let machine_ids = manifest.machine_id_at.iter().map(|place| (*place, ids.machine_id));
+        let changes = boot_ids.chain(machine_ids).collect();
+        let another = memory.try_clone().map_err(VmError::io("duplicating descriptors"))?;
+        let filler = Filler::new(map, data, another, changes);
+        let key = self.key;
+        let origin = Origin::Clone { memory, filler, state };
+        Ok((origin, Restore { key, ids }))
+    }
+}
+
+impl Restore {
+    /// Restores the guest, gives it its devices, lets it go on, and tells it who it is.
+    pub(super) async fn wake(self, made: &mut Made) -> Result<(), VmError> {
+        let Made {
+            watch,
+            qmp,
+            wake,
+            line,
+            devices,
+            transfer,
+            begin,
+            ..
+        } = made;
+        let (Some(wake), Some(line), Transfer::From(state)) = (wake, line, transfer) else {
+            return Err(VmError::NoTemplate("it has no port to be woken on".to_owned()));
+        };
+        let ready_port = line
+            .ready
+            .port()
+            .map_err(VmError::io("asking for the port of the agent's greeting"))?;
+        let woken = async {
+            qmp.leave_memory_out().await?;
+            qmp.restore_from(format!("fd:{state}")).await?;
+            qmp.transferred().await?;
+            tracing::debug!(seconds = begin.elapsed().as_secs_f64(), "the clone is restored");
+            for device in devices.iter() {
+                qmp.add_device(device).await?;
+            }
+            qmp.cont().await?;
+            let message = Awakening {
+                seed: random::<SEED_LENGTH>()?.to_vec(),
+                boot_id: self.ids.boot_id.to_vec(),
+                machine_id: self.ids.machine_id.to_vec(),
+                ready_port,
+                wall_clock_ns: now_ns(),
+                ..Default::default()
+            };
+            send(wake, &message).await.map_err(VmError::io("waking the guest"))?;
+            tracing::debug!(seconds = begin.elapsed().as_secs_f64(), "the clone is told who it is");
+            Ok(())
+        };
+        watch.during(woken).await
+    }
+}
+
+/// The length, 4 bytes, big-endian, and the message.
+async fn send(wake: &mut tokio::net::UnixStream, message: &Awakening) -> io::Result<()> {
+    let message = message.write_to_bytes().map_err(io::Error::other)?;
+    let length = u32::try_from(message.len()).map_err(io::Error::other)?;
+    wake.write_all(&[&length.to_be_bytes(), message.as_slice()].concat())
+        .await
+}
+
+fn now_ns() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// A random UUID, version 4 of RFC 9562, as the kernel and systemd make theirs.
+fn random_id() -> Result<[u8; ID], VmError> {
+    let mut id = random::<ID>()?;
+    id[6] = id[6] & 0x0f | 0x40;
+    id[8] = id[8] & 0x3f | 0x80;
+    Ok(id)
+}
+
+fn random<const N: usize>() -> Result<[u8; N], VmError> {
+    let read = || {
+        let mut bytes = [0; N];
+        io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut bytes)?;
+        Ok(bytes)
+    };
+    read().map_err(VmError::io("reading random numbers"))
+}

@@ -1,0 +1,280 @@
+//! Making a template: a machine without connections boots, and when its agent says that the guest is quiet, it is saved and ended.
+
+use std::{
+    fs::File,
+    io::{self, BufWriter},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use coreos_kvm_proto::{PROTOCOL, WAKE_MAX, agent::TemplateReady};
+use protobuf::Message;
+use tokio::{io::AsyncReadExt, net::UnixStream};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    VmError, boot,
+    build::{self, Made, Origin, Transfer},
+    plan::{Plan, plan},
+    remains,
+};
+use crate::{
+    config::Config,
+    console::harmless,
+    machine::{Machine, MachineId, Network},
+    state::StateDir,
+    template::{
+        Content, Draft, Key, Lock, Manifest, STATE_MAX, Store, Template, TemplateError,
+        memory::{self, ID},
+    },
+};
+
+/// Makes the template of `machine` anew, whether there is one or not.
+///
+/// # Errors
+/// When it cannot be made; what was there before stays then.
+pub async fn make_template(config: &Config, machine: &Machine, right: &Lock) -> Result<Template, VmError> {
+    let machine = template_machine(machine);
+    let plan = plan(config, &machine).await?;
+    let key = key(config, &machine, &plan)?;
+    let store = Store::open(&config.template_dir, config.template_space_mib << 20)?;
+    let draft = store.draft(&key, right)?;
+    let template = make(config, &machine, plan, draft).await?;
+    store.forgive(&key);
+    Ok(template)
+}
+
+/// The key of the template of `machine`.
+///
+/// # Errors
+/// When the machine cannot be.
+pub async fn template_key(config: &Config, machine: &Machine) -> Result<Key, VmError> {
+    let machine = template_machine(machine);
+    let plan = plan(config, &machine).await?;
+    Ok(key(config, &machine, &plan)?)
+}
+
+/// The machine that is saved for `machine` to be a clone of: it has nothing that is one machine's own.
+pub(super) fn template_machine(machine: &Machine) -> Machine {
+    Machine {
+        id: MachineId::template(),
+        hostname: None,
+        network: Network::None,
+        disk: None,
+        cgroup: None,
+        cloneable: false,
+        ..machine.clone()
+    }
+}
+
+pub(super) fn key(config: &Config, machine: &Machine, plan: &Plan) -> Result<Key, TemplateError> {
+    let qemu = (plan.qemu.as_path(), plan.version);
+    Key::of(machine, &plan.ignition, plan.acceleration, qemu, &config.agent_disk)
+}
+
+/// Boots `machine`, as [`template_machine`] made it, saves it, and ends it. When the caller goes away before the end, nothing is left
+/// of it either.
+pub(super) async fn make(config: &Config, machine: &Machine, plan: Plan, draft: Draft) -> Result<Template, VmError> {
+    let given_up = CancellationToken::new();
+    let _guard = given_up.clone().drop_guard();
+    let machine = Machine {
+        id: MachineId::of_template(draft.key()),
+        ..machine.clone()
+    };
+    let task = tokio::spawn(make_or_undo(config.clone(), machine, plan, draft, given_up));
+    task.await.unwrap_or_else(|error| Err(VmError::task(error)))
+}
+
+async fn make_or_undo(
+    config: Config,
+    machine: Machine,
+    plan: Plan,
+    draft: Draft,
+    given_up: CancellationToken,
+) -> Result<Template, VmError> {
+    // Whoever made it before and died has left it; nobody else does, for the right to make it is ours.
+    remains::destroy(&config.state_dir, &machine.id).await?;
+    let state = StateDir::create(&config.state_dir, &machine.id)?;
+    let mut record = boot::record(&machine, &plan);
+    tracing::info!(template = %draft.key(), "a template is made, which takes as long as a boot");
+    let made = tokio::select! {
+        made = boot_and_save(&config, &machine, &plan, draft, &state, &mut record) => made,
+        () = given_up.cancelled() => Err(VmError::Cancelled),
+    };
+    boot::undo(&config.state_dir, &state, &record).await;
+    made
+}
+
+async fn boot_and_save(
+    config: &Config,
+    machine: &Machine,
+    plan: &Plan,
+    draft: Draft,
+    state: &StateDir,
+    record: &mut crate::state::Record,
+) -> Result<Template, VmError> {
+    let memory = build::empty_memory(machine)?;
+    let another = memory.try_clone().map_err(VmError::io("duplicating descriptors"))?;
+    let origin = Origin::Template { memory: another };
+    let mut made = build::make(config, machine, plan, origin, (state, record), None).await?;
+    let said = ready(&mut made).await?;
+    let devices = save_devices(&mut made).await?;
+    let seconds = made.begin.elapsed().as_secs_f64();
+    // Nothing writes to the memory any more.
+    made.qemu.kill().await;
+    let manifest = Manifest {
+        key: draft.key().to_string(),
+        guest: machine.guest.name.clone(),
+        vcpus: machine.vcpus,
+        memory_mib: machine.memory_mib,
+        acceleration: plan.acceleration,
+        qemu: plan.version.to_string(),
+        own: machine.configuration.is_some(),
+        created: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs(),
+        data_bytes: 0,
+        state_bytes: 0,
+        map_bytes: 0,
+        state_crc: 0,
+        map_crc: 0,
+        boot_id_at: Vec::new(),
+        machine_id_at: Vec::new(),
+    };
+    // Some hundred megabytes go through a processor and to a disk.
+    let size = machine.memory_mib << 20;
+    let kept = tokio::task::spawn_blocking(move || keep(draft, &memory, size, &said, &devices, manifest));
+    let template = kept
+        .await
+        .map_err(|error| VmError::io("keeping the template")(io::Error::other(error)))??;
+    tracing::info!(
+        template = template.manifest.key,
+        seconds,
+        bytes = template.manifest.bytes(),
+        "the template is made"
+    );
+    Ok(template)
+}
+
+/// The ids of the template's guest.
+struct Said {
+    boot_id: [u8; ID],
+    machine_id: [u8; ID],
+}
+
+/// Waits until the agent says that the guest can be saved.
+async fn ready(made: &mut Made) -> Result<Said, VmError> {
+    let Some(wake) = &mut made.wake else {
+        return Err(VmError::NoTemplate("it has no port to say that it is ready".to_owned()));
+    };
+    let said = made.watch.during(async {
+        let no = VmError::io("waiting for the guest to be quiet");
+        receive(wake).await.map_err(no)
+    });
+    let said = said.await?;
+    let odd = |what: &str| VmError::NoSleep(what.to_owned());
+    let said = TemplateReady::parse_from_bytes(&said).map_err(|_| odd("it is no message of an agent"))?;
+    if (said.protocol, said.version.as_str()) != (PROTOCOL, env!("CARGO_PKG_VERSION")) {
+        let version = harmless(&said.version);
+        return Err(VmError::NoSleep(format!(
+            "its agent has version {version} (protocol {}), but {} (protocol {PROTOCOL}) is needed: build the agent's disk anew",
+            said.protocol,
+            env!("CARGO_PKG_VERSION")
+        )));
+    }
+    let id = |bytes: &[u8]| match <[u8; ID]>::try_from(bytes) {
+        Ok(id) if id != [0; ID] => Ok(id),
+        _ => Err(odd("an id has 16 bytes, not all zero")),
+    };
+    Ok(Said {
+        boot_id: id(&said.boot_id)?,
+        machine_id: id(&said.machine_id)?,
+    })
+}
+
+async fn receive(wake: &mut UnixStream) -> io::Result<Vec<u8>> {
+    let length = wake.read_u32().await? as usize;
+    if length > WAKE_MAX {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{length} bytes are too many"),
+        ));
+    }
+    let mut message = vec![0; length];
+    wake.read_exact(&mut message).await?;
+    Ok(message)
+}
+
+/// Halts the machine and has QEMU say the state of its devices.
+async fn save_devices(made: &mut Made) -> Result<Vec<u8>, VmError> {
+    let Made {
+        watch, qmp, transfer, ..
+    } = made;
+    let Transfer::To { listener, folder, name } = transfer else {
+        return Err(VmError::NoTemplate("it has no place to be saved to".to_owned()));
+    };
+    let saving = VmError::io("reading the state of devices");
+    let saved = async {
+        qmp.stop().await?;
+        qmp.leave_memory_out().await?;
+        let address = format!("unix:/proc/self/fd/{folder}/{name}");
+        let read = async {
+            let mut bytes = Vec::new();
+            let (connection, _) = listener.accept().await?;
+            connection.take(STATE_MAX).read_to_end(&mut bytes).await?;
+            Ok(bytes)
+        };
+        let told = async {
+            qmp.save_to(address).await?;
+            qmp.transferred().await
+        };
+        // Should QEMU refuse, nobody connects.
+        tokio::pin!(read);
+        tokio::select! {
+            read = &mut read => {
+                let bytes = read.map_err(saving)?;
+                qmp.transferred().await?;
+                Ok(bytes)
+            }
+            told = told => {
+                told?;
+                read.await.map_err(saving)
+            }
+        }
+    };
+    watch.during(saved).await
+}
+
+fn keep(
+    draft: Draft,
+    memory: &File,
+    size: u64,
+    said: &Said,
+    state: &[u8],
+    manifest: Manifest,
+) -> Result<Template, VmError> {
+    let data = draft.data()?;
+    let mut out = BufWriter::with_capacity(1 << 20, &data);
+    let ids = [said.boot_id, said.machine_id];
+    let saved = memory::save(memory, size, &mut out, &ids).and_then(|saved| {
+        io::Write::flush(&mut out)?;
+        Ok(saved)
+    });
+    let saved = saved.map_err(VmError::io("keeping the guest's memory"))?;
+    drop(out);
+    let mut places = saved.places.into_iter();
+    let manifest = Manifest {
+        boot_id_at: places.next().unwrap_or_default(),
+        machine_id_at: places.next().unwrap_or_default(),
+        ..manifest
+    };
+    if manifest.boot_id_at.is_empty() {
+        return Err(VmError::NoSleep("its boot's id is nowhere in its memory".to_owned()));
+    }
+    let content = Content {
+        map: &saved.map,
+        state,
+        manifest,
+    };
+    Ok(draft.finish(&data, content)?)
+}
