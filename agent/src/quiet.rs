@@ -28,10 +28,17 @@ const BOOT: Duration = Duration::from_secs(30);
 /// systemd's answers take tenths of seconds in an emulated guest.
 const ANSWER: Duration = Duration::from_secs(20);
 
-const JOURNAL: &str = "systemd-journald.service";
-/// Holds the journal's start back: it is a named pipe, and open(2) waits for the other side.
-const GATE: &str = "/run/coreos-kvm/journal-gate";
-const GATE_DROP_IN: &str = "/run/systemd/system/systemd-journald.service.d/coreos-kvm.conf";
+/// Services that wait until the machine is one of its own and its containers have begun to start: the journal, for it is marked with
+/// the ids of the machine that it was begun on; udev, for it runs programs for each device of a clone, and nobody waits for what they
+/// do.
+const HALTED: [&str; 2] = ["systemd-journald.service", "systemd-udevd.service"];
+/// Holds their start back: it is a named pipe, and open(2) waits for the other side.
+const GATE: &str = "/run/coreos-kvm/services-gate";
+
+fn gate_drop_in(service: &str) -> PathBuf {
+    Path::new("/run/systemd/system").join(format!("{service}.d/coreos-kvm.conf"))
+}
+
 /// Where journals are, each machine's in a folder named by its id: systemd-journald.service(8).
 const JOURNALS: [&str; 2] = ["/run/log/journal", "/var/log/journal"];
 /// A guest that this marks holds back what only a machine of its own may do, such as making keys.
@@ -59,23 +66,28 @@ pub(crate) async fn boot_has_ended() {
     }
 }
 
-/// Has the journal restart, but not before the gate opens: a journal is marked with the ids of the machine that it was begun on.
-/// What services say meanwhile waits in their connections, which systemd keeps.
-pub(crate) async fn halt_journal() -> Result<()> {
+/// Has the services restart, but not before the gate opens. What they are told meanwhile waits in their sockets, which systemd
+/// keeps.
+pub(crate) async fn halt_services() -> Result<()> {
     if Path::new(GATE).exists() {
-        bail!("the journal is held back already");
+        bail!("the guest's services are held back already");
     }
-    mkfifo(GATE, Mode::S_IRUSR | Mode::S_IWUSR).context("making the journal's gate")?;
-    let folder = Path::new(GATE_DROP_IN).parent().unwrap_or(Path::new("/"));
-    fs::create_dir_all(folder).context("making a folder for the journal's unit")?;
-    let drop_in = format!("[Service]\nExecStartPre=/bin/cat {GATE}\nTimeoutStartSec=infinity\n");
-    fs::write(GATE_DROP_IN, drop_in).context("changing the journal's unit")?;
+    mkfifo(GATE, Mode::S_IRUSR | Mode::S_IWUSR).context("making the services' gate")?;
+    for service in HALTED {
+        let drop_in = gate_drop_in(service);
+        fs::create_dir_all(drop_in.parent().unwrap_or(Path::new("/"))).context("making a folder for a service")?;
+        let text = format!("[Service]\nExecStartPre=/bin/cat {GATE}\nTimeoutStartSec=infinity\n");
+        fs::write(drop_in, text).context("changing a service")?;
+    }
     run("systemctl", &["daemon-reload"])?;
-    run("systemctl", &["restart", "--no-block", JOURNAL])?;
+    run("systemctl", &[["restart", "--no-block"].as_slice(), &HALTED].concat())?;
     let deadline = Instant::now() + ANSWER;
-    while said("systemctl", &["show", "--property=SubState", "--value", JOURNAL])?.trim() != "start-pre" {
-        ensure!(Instant::now() < deadline, "the journal does not halt");
-        sleep(Duration::from_millis(50)).await;
+    for service in HALTED {
+        let question = ["show", "--property=SubState", "--value", service];
+        while said("systemctl", &question)?.trim() != "start-pre" {
+            ensure!(Instant::now() < deadline, "{service} does not halt");
+            sleep(Duration::from_millis(50)).await;
+        }
     }
     // What was recorded so far stays readable, but is not added to.
     for journal in journals() {
@@ -160,10 +172,12 @@ pub(crate) fn unmark() -> Result<()> {
 
 /// Lets go on what waited for the machine to be one of its own.
 pub(crate) fn wake_services(kind: Kind) -> Result<()> {
-    fs::remove_file(GATE_DROP_IN).context("restoring the journal's unit")?;
-    // The journal has been waiting at the other side, or the open would wait for it.
+    for service in HALTED {
+        fs::remove_file(gate_drop_in(service)).context("restoring a service")?;
+    }
+    // They have been waiting at the other side, or the open would wait for them.
     let gate = fs::File::options().write(true).open(GATE);
-    drop(gate.context("letting the journal start")?);
+    drop(gate.context("letting the services start")?);
     if kind == Kind::Own {
         // Its end is the reaper's.
         Command::new("systemctl")

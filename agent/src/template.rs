@@ -1,7 +1,11 @@
 //! The agent of a machine that is saved as a template: it makes the guest quiet, says so, and sleeps while the machine is saved.
 //! What wakes up is a clone, perhaps much later, and the first thing that it does is to become a machine of its own.
 
-use std::{io, os::fd::OwnedFd, time::Duration};
+use std::{
+    io,
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use coreos_kvm_proto::{
@@ -55,7 +59,7 @@ impl Template {
         let port = WakePort::open().context("opening the port on which clones are woken")?;
         quiet::load_drivers()?;
         quiet::boot_has_ended().await;
-        quiet::halt_journal().await?;
+        quiet::halt_services().await?;
         Ok(Self { kind, port })
     }
 
@@ -82,9 +86,12 @@ impl Template {
 
         let told = port.receive().await.context("being woken")?;
         let told = Awakening::parse_from_bytes(&told).context("reading who the machine is")?;
+        let begin = Instant::now();
         identity::renew(&template, &told)?;
+        let renewed = begin.elapsed();
         quiet::unmark()?;
         quiet::find_new_devices()?;
+        tracing::info!(?renewed, awake = ?begin.elapsed(), "the guest is a machine of its own");
         tokio::spawn(async move {
             tokio::time::sleep(LATER).await;
             if let Err(error) = quiet::wake_services(kind) {
