@@ -45,7 +45,7 @@ const JOURNALS: [&str; 2] = ["/run/log/journal", "/var/log/journal"];
 const MARK: &str = "/run/coreos-kvm/template";
 
 /// Free memory that is left as it is, lest the kernel write back or drop what is still of use, in KiB.
-const RESERVE_KIB: usize = 12 * 1024;
+const RESERVE_KIB: usize = 4 * 1024;
 
 /// Loads the drivers, so that a device that appears has its driver at once.
 pub(crate) fn load_drivers() -> Result<()> {
