@@ -18,6 +18,8 @@ test_everything() {
   fi
   say "end-to-end tests"
   cargo test --locked -p kubeception-tests --test e2e -- "$@" 2>&1 | tee -a "$outcome" || failed=1
+  say "end-to-end tests on machines that boot"
+  cargo test --locked -p kubeception-tests --test e2e -- --boot "$@" 2>&1 | tee -a "$outcome" || failed=1
   summary "$outcome" "$failed"
 }
 

@@ -14,7 +14,7 @@ use kubeception_tests::node::{Handler, Place};
 use kubeception_tests::pod::Pod;
 use libtest_mimic::Trial;
 
-use crate::lab::{Alone, CONFIG_INLINE, Lab, OwnPod};
+use crate::lab::{Alone, CONFIG_INLINE, Lab, OwnPod, Start};
 
 /// How long a refusal may take.
 const SOON: Duration = Duration::from_secs(10);
@@ -24,21 +24,23 @@ const BOOT: Duration = Duration::from_secs(120);
 const NEVER_UP: u64 = 20;
 
 /// A node of its own: each trial looks at all that is on it.
-pub(crate) fn lab(version: Containerd) -> Arc<Lab> {
+pub(crate) fn lab(version: Containerd, start: Start) -> Arc<Lab> {
     let name = format!("bad-{version}");
     let base = Place::new(&name).base().to_owned();
     let path = |file: &str| format!("{:?}", base.join(file).display().to_string());
     let handlers = vec![
-        Handler::standard(),
+        start.handler(),
         Handler::variant("no-qemu").set("qemu", "\"/nowhere/qemu-system-x86_64\""),
         Handler::variant("old-qemu").set("qemu", path("old-qemu")),
         Handler::variant("kvm-only").set("acceleration", "\"kvm\""),
-        Handler::variant("impatient").set("boot_timeout_s", NEVER_UP.to_string()),
+        Handler::variant("impatient")
+            .set("boot_timeout_s", NEVER_UP.to_string())
+            .set("templates", "\"off\""),
         Handler::variant("other-agent").set("agent_disk", path("other-agent.erofs")),
         Handler::variant("unknown-key").set("gests_dir", "\"/somewhere\""),
         Handler::variant("bad-value").set("acceleration", "\"warp\""),
     ];
-    Lab::new(&name, version, handlers)
+    Lab::new(&name, version, start, handlers)
 }
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {

@@ -12,7 +12,7 @@ use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 
-use crate::lab::{Alone, Lab, OwnPod, eventually, in_guest};
+use crate::lab::{Alone, Lab, OwnPod, eventually, expect_start, in_guest};
 
 const BOUND: Duration = Duration::from_secs(30);
 const SHIM: &str = "containerd-shim-coreos-kvm";
@@ -54,6 +54,7 @@ struct Victim<'a> {
 fn victim<'a>(lab: &Alone<'a>) -> Result<Victim<'a>> {
     let before = processes(&lab.node)?;
     let own = OwnPod::run(lab.cri, Pod::new(lab.node.place(), "victim"), COREOS_KVM)?;
+    expect_start(lab.node.place(), &own.id, lab.start())?;
     let container = Container::new("idle", BUSYBOX).command(&["sleep", "2147483647"]);
     let container = lab.cri.run(&own.id, &container, &own.pod)?;
     let processes = processes(&lab.node)?

@@ -14,6 +14,8 @@ use libtest_mimic::{Failed, Trial};
 
 /// Annotation with an Ignition configuration.
 pub(crate) const CONFIG_INLINE: &str = "coreos-kvm.io/config-inline";
+/// Annotation of a pod whose configuration may be cloned.
+pub(crate) const TEMPLATE: &str = "coreos-kvm.io/template";
 /// Annotation that names a configuration in a volume.
 const CONFIG_FROM: &str = "coreos-kvm.io/config";
 /// The file that the shared pod's configuration writes, and its content.
@@ -53,15 +55,57 @@ systemd:
         WantedBy=multi-user.target
 "#;
 
+/// The same for a pod that is a clone: what it asks for is the same in each of them.
+const CLONED_UNIT: &str = r#"
+        [Service]
+        Type=oneshot
+        RemainAfterExit=yes
+        ExecStart=/bin/sh -c 'echo template > /run/ignited'
+        [Install]
+        WantedBy=multi-user.target
+"#;
+
+/// How the machines of pods come to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// As clones of templates, as everywhere.
+    Clone,
+    /// By booting, as with `templates = "off"`.
+    Boot,
+}
+
+impl Start {
+    /// The runtime's handler, and what its pods are by it.
+    pub(crate) fn handler(self) -> Handler {
+        match self {
+            Self::Clone => Handler::standard(),
+            Self::Boot => Handler::standard().set("templates", "\"off\""),
+        }
+    }
+
+    /// The configuration of the pod that trials share.
+    fn configuration(self) -> String {
+        match self {
+            Self::Boot => CONFIG.to_owned(),
+            Self::Clone => {
+                let unit = CONFIG.find("\n        [Unit]").unwrap_or(CONFIG.len());
+                format!("{}{CLONED_UNIT}", &CONFIG[..unit])
+            }
+        }
+    }
+}
+
 /// One node, started when the first trial needs it.
 pub(crate) struct Lab {
     name: String,
+    pub(crate) start: Start,
     version: Containerd,
     handlers: Vec<Handler>,
     started: OnceLock<Result<Started, String>>,
 }
 
 struct Started {
+    start: Start,
     /// Held for writing by a trial that needs the node for itself.
     node: RwLock<Node>,
     cri: Cri,
@@ -97,9 +141,10 @@ impl Deref for Together<'_> {
 }
 
 impl Lab {
-    pub(crate) fn new(name: &str, version: Containerd, handlers: Vec<Handler>) -> Arc<Self> {
+    pub(crate) fn new(name: &str, version: Containerd, start: Start, handlers: Vec<Handler>) -> Arc<Self> {
         Arc::new(Self {
             name: name.to_owned(),
+            start,
             version,
             handlers,
             started: OnceLock::new(),
@@ -135,7 +180,11 @@ impl Lab {
     }
 
     fn named(&self, name: &str, run: impl Fn() -> Result<()> + Send + 'static) -> Trial {
-        Trial::test(format!("containerd {}: {name}", self.version), move || {
+        let how = match self.start {
+            Start::Clone => "",
+            Start::Boot => ", booted",
+        };
+        Trial::test(format!("containerd {}{how}: {name}", self.version), move || {
             let begun = Instant::now();
             run().map_err(|error| {
                 let seconds = begun.elapsed().as_secs_f32();
@@ -150,6 +199,7 @@ impl Lab {
                 let node = Node::start(&self.name, self.version, &self.handlers)?;
                 let cri = Cri::connect(&node)?;
                 anyhow::Ok(Started {
+                    start: self.start,
                     node: RwLock::new(node),
                     cri,
                     shared: Mutex::new(None),
@@ -182,9 +232,11 @@ impl Started {
             let start = || {
                 let pod = Pod::new(place, "shared")
                     .host_port(8080, 18080)
-                    .annotation(CONFIG_FROM, "configmap/os/config.yaml");
-                pod.config_map(place, "os", "config.yaml", CONFIG)?;
+                    .annotation(CONFIG_FROM, "configmap/os/config.yaml")
+                    .annotation(TEMPLATE, "true");
+                pod.config_map(place, "os", "config.yaml", &self.start.configuration())?;
                 let id = self.cri.run_pod(&pod, COREOS_KVM)?;
+                expect_start(place, &id, self.start)?;
                 anyhow::Ok(Arc::new(SharedPod { pod, id }))
             };
             start().map_err(|error| format!("the shared pod did not start: {}", message(&error)))
@@ -193,7 +245,28 @@ impl Started {
     }
 }
 
+/// Fails where the pod's machine has come to run in another way.
+pub(crate) fn expect_start(place: &Place, id: &str, expected: Start) -> Result<()> {
+    let path = place.pods().join(id).join("machine.json");
+    let record = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+    let record: serde_json::Value = serde_json::from_slice(&record)?;
+    let from = match expected {
+        Start::Clone => "clone",
+        Start::Boot => "boot",
+    };
+    let origin = &record["origin"];
+    ensure!(
+        origin["from"] == from,
+        "a {from} was expected, and the machine's origin is {origin}"
+    );
+    Ok(())
+}
+
 impl Alone<'_> {
+    pub(crate) fn start(&self) -> Start {
+        self.started.start
+    }
+
     /// The pod that trials share, started by the first.
     pub(crate) fn shared(&self) -> Result<Arc<SharedPod>> {
         self.started.shared(self.node.place())
@@ -201,6 +274,10 @@ impl Alone<'_> {
 }
 
 impl Together<'_> {
+    pub(crate) fn start(&self) -> Start {
+        self.started.start
+    }
+
     /// The pod that trials share, started by the first.
     pub(crate) fn shared(&self) -> Result<Arc<SharedPod>> {
         self.started.shared(self.node.place())

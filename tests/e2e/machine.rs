@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use k8s_cri::v1::PodSandboxState;
 use libtest_mimic::Trial;
 
-use crate::lab::{IGNITED_FILE, IGNITED_UNIT, IGNITED_UNIT_FILE, IGNITED_USER, Lab, Together, eventually};
+use crate::lab::{IGNITED_FILE, IGNITED_UNIT, IGNITED_UNIT_FILE, IGNITED_USER, Lab, Start, Together, eventually};
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     vec![
@@ -70,8 +70,12 @@ fn configuration(lab: &Together<'_>) -> Result<()> {
     })?;
     let found = lab.in_guest(&shared.id, &["cat", IGNITED_UNIT_FILE])?;
     let address = lab.pod_address(&shared.id)?;
+    let expected = match lab.start() {
+        Start::Boot => format!("shared {address}\n"),
+        Start::Clone => "template\n".to_owned(),
+    };
     ensure!(
-        found == format!("shared {address}\n"),
+        found == expected,
         "{IGNITED_UNIT_FILE} has {found:?}, and the pod's address is {address}"
     );
     Ok(())

@@ -1,6 +1,7 @@
 //! Trials of the runtime on real containerds: `devtool test` runs them.
 //!
 //! The name of a trial tells the containerd it runs on; `--containerd 1.7` chooses those of one.
+//! Machines are clones of templates; with `--boot` they boot.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ mod many;
 mod network;
 mod testbed;
 
-use lab::Lab;
+use lab::{Lab, Start};
 
 fn main() -> ExitCode {
     init::become_init_if_asked();
@@ -34,7 +35,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<ExitCode> {
-    let (chosen, arguments) = arguments()?;
+    let (chosen, start, arguments) = arguments()?;
 
     let mut labs = Vec::new();
     let mut trials = install::trials();
@@ -42,12 +43,12 @@ fn run() -> Result<ExitCode> {
         .into_iter()
         .filter(|version| chosen.is_none_or(|chosen| chosen == *version))
     {
-        let lab = Lab::new(version.short(), version, vec![Handler::standard()]);
+        let lab = Lab::new(version.short(), version, start, vec![start.handler()]);
         trials.extend(on_each(&lab));
         match version {
             Containerd::V1_6 => {}
             Containerd::V1_7 => {
-                let bad = bad_input::lab(version);
+                let bad = bad_input::lab(version, start);
                 trials.extend(bad_input::trials(&bad));
                 labs.push(bad);
             }
@@ -83,15 +84,17 @@ fn on_each(lab: &Arc<Lab>) -> Vec<Trial> {
     .collect()
 }
 
-/// Takes `--containerd VERSION` out of the arguments and leaves the rest to the harness.
-fn arguments() -> Result<(Option<Containerd>, Arguments)> {
+/// Takes `--containerd VERSION` and `--boot` out of the arguments and leaves the rest to the harness.
+fn arguments() -> Result<(Option<Containerd>, Start, Arguments)> {
     let mut rest = Vec::new();
-    let mut chosen = None;
+    let (mut chosen, mut start) = (None, Start::Clone);
     let mut all = std::env::args();
     while let Some(argument) = all.next() {
         if argument == "--containerd" {
             let version = all.next().context("--containerd needs a version: 1.6, 1.7 or 2.1")?;
             chosen = Some(version.parse().map_err(anyhow::Error::msg)?);
+        } else if argument == "--boot" {
+            start = Start::Boot;
         } else {
             rest.push(argument);
         }
@@ -99,5 +102,5 @@ fn arguments() -> Result<(Option<Containerd>, Arguments)> {
     let mut arguments = Arguments::from_iter(rest);
     // More machines at a time than processors only makes each of them late.
     arguments.test_threads.get_or_insert(2);
-    Ok((chosen, arguments))
+    Ok((chosen, start, arguments))
 }

@@ -10,7 +10,7 @@ use kubeception_tests::leftovers::{Snapshot, expect_nothing_left};
 use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::Trial;
 
-use crate::lab::{Alone, Lab, OwnPod};
+use crate::lab::{Alone, Lab, OwnPod, expect_start};
 
 const PODS: u32 = 20;
 /// At a time: as many as the smallest machine for the tests has processors.
@@ -55,6 +55,7 @@ fn one_pod(lab: &Alone<'_>, number: u32) -> Result<()> {
     let port = u16::try_from(20_000 + number)?;
     let pod = Pod::new(lab.node.place(), &format!("pod-{number}")).host_port(8080, port);
     let own = OwnPod::run(lab.cri, pod, COREOS_KVM)?;
+    expect_start(lab.node.place(), &own.id, lab.start())?;
     let container = Container::script("says", &format!("exit {number}"));
     let container = lab.cri.run(&own.id, &container, &own.pod)?;
     let status = lab.cri.wait_exited(&container, Duration::from_secs(30))?;

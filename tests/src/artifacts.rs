@@ -110,6 +110,11 @@ pub fn busybox_root() -> Result<PathBuf> {
     present(cache().join("busybox"), "setup")
 }
 
+/// Where nodes keep the templates of machines: they are good for further runs.
+pub fn templates() -> PathBuf {
+    cache().join("templates")
+}
+
 /// Where the logs of nodes are kept, after the node is gone, too.
 pub fn logs() -> PathBuf {
     cache().join("logs")

@@ -54,6 +54,7 @@ impl Handler {
             ("guests_dir".to_owned(), text(place.guests())),
             ("kubelet_dir".to_owned(), text(place.kubelet())),
             ("agent_disk".to_owned(), text(artifacts::agent_disk()?)),
+            ("template_dir".to_owned(), text(artifacts::templates())),
             ("virtiofsd".to_owned(), text(artifacts::tool("virtiofsd")?)),
             (
                 "vhost_device_vsock".to_owned(),
