@@ -54,7 +54,7 @@ struct Victim<'a> {
 fn victim<'a>(lab: &Alone<'a>) -> Result<Victim<'a>> {
     let before = processes(&lab.node)?;
     let own = OwnPod::run(lab.cri, Pod::new(lab.node.place(), "victim"), COREOS_KVM)?;
-    expect_start(lab.node.place(), &own.id, lab.start())?;
+    expect_start(lab.node.place(), &own.id, lab.machine_start())?;
     let container = Container::new("idle", BUSYBOX).command(&["sleep", "2147483647"]);
     let container = lab.cri.run(&own.id, &container, &own.pod)?;
     let processes = processes(&lab.node)?

@@ -263,7 +263,7 @@ pub(crate) fn expect_start(place: &Place, id: &str, expected: Start) -> Result<(
 }
 
 impl Alone<'_> {
-    pub(crate) fn start(&self) -> Start {
+    pub(crate) fn machine_start(&self) -> Start {
         self.started.start
     }
 
@@ -274,7 +274,7 @@ impl Alone<'_> {
 }
 
 impl Together<'_> {
-    pub(crate) fn start(&self) -> Start {
+    pub(crate) fn machine_start(&self) -> Start {
         self.started.start
     }
 

@@ -70,7 +70,7 @@ fn configuration(lab: &Together<'_>) -> Result<()> {
     })?;
     let found = lab.in_guest(&shared.id, &["cat", IGNITED_UNIT_FILE])?;
     let address = lab.pod_address(&shared.id)?;
-    let expected = match lab.start() {
+    let expected = match lab.machine_start() {
         Start::Boot => format!("shared {address}\n"),
         Start::Clone => "template\n".to_owned(),
     };

@@ -55,7 +55,7 @@ fn one_pod(lab: &Alone<'_>, number: u32) -> Result<()> {
     let port = u16::try_from(20_000 + number)?;
     let pod = Pod::new(lab.node.place(), &format!("pod-{number}")).host_port(8080, port);
     let own = OwnPod::run(lab.cri, pod, COREOS_KVM)?;
-    expect_start(lab.node.place(), &own.id, lab.start())?;
+    expect_start(lab.node.place(), &own.id, lab.machine_start())?;
     let container = Container::script("says", &format!("exit {number}"));
     let container = lab.cri.run(&own.id, &container, &own.pod)?;
     let status = lab.cri.wait_exited(&container, Duration::from_secs(30))?;
