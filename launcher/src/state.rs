@@ -2,6 +2,7 @@
 //! process can find the machine, or end it and free what it holds.
 
 use std::{
+    fmt,
     fs::{DirBuilder, Permissions},
     io::{self, Write},
     os::{
@@ -177,12 +178,29 @@ pub enum Origin {
     Clone { template: String, mode: CloneMode },
 }
 
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Boot { why } => write!(f, "boot ({why})"),
+            Self::Clone { template, mode } => write!(f, "clone by {mode} ({:.12})", template),
+        }
+    }
+}
+
 /// How a clone comes to its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CloneMode {
     /// It has a copy of what the template had.
     Copy,
+}
+
+impl fmt::Display for CloneMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Copy => "copy",
+        })
+    }
 }
 
 /// The folder of one machine: `<state_dir>/<id>`.

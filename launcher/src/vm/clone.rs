@@ -110,11 +110,13 @@ async fn find_or_make(
                     return Ok(template);
                 }
                 let draft = store.draft(key, &right).map_err(|error| sentence(&error))?;
-                return save::make(config, machine, plan, draft).await.map_err(|error| {
-                    let why = format!("its template cannot be made: {}", sentence(&error));
-                    store.note_use(key, Some(why.clone()));
-                    why
-                });
+                return save::make(config, machine, plan, draft, std::future::pending())
+                    .await
+                    .map_err(|error| {
+                        let why = format!("its template cannot be made: {}", sentence(&error));
+                        store.note_use(key, Some(why.clone()));
+                        why
+                    });
             }
             None if config.templates == Templates::Boot => {
                 return Err("its template is just being made".to_owned());

@@ -28,17 +28,23 @@ use crate::{
     },
 };
 
-/// Makes the template of `machine` anew, whether there is one or not.
+/// Makes the template of `machine` anew, whether there is one or not. When `interruption` is there first, nothing is left of it
+/// before this answers.
 ///
 /// # Errors
 /// When it cannot be made; what was there before stays then.
-pub async fn make_template(config: &Config, machine: &Machine, right: &Lock) -> Result<Template, VmError> {
+pub async fn make_template(
+    config: &Config,
+    machine: &Machine,
+    right: &Lock,
+    interruption: impl Future<Output = ()>,
+) -> Result<Template, VmError> {
     let machine = template_machine(machine);
     let plan = plan(config, &machine).await?;
     let key = key(config, &machine, &plan)?;
     let store = Store::open(&config.template_dir, config.template_space_mib << 20)?;
     let draft = store.draft(&key, right)?;
-    let template = make(config, &machine, plan, draft).await?;
+    let template = make(config, &machine, plan, draft, interruption).await?;
     store.forgive(&key);
     Ok(template)
 }
@@ -73,15 +79,28 @@ pub(super) fn key(config: &Config, machine: &Machine, plan: &Plan) -> Result<Key
 
 /// Boots `machine`, as [`template_machine`] made it, saves it, and ends it. When the caller goes away before the end, nothing is left
 /// of it either.
-pub(super) async fn make(config: &Config, machine: &Machine, plan: Plan, draft: Draft) -> Result<Template, VmError> {
+pub(super) async fn make(
+    config: &Config,
+    machine: &Machine,
+    plan: Plan,
+    draft: Draft,
+    interruption: impl Future<Output = ()>,
+) -> Result<Template, VmError> {
     let given_up = CancellationToken::new();
-    let _guard = given_up.clone().drop_guard();
+    let guard = given_up.clone().drop_guard();
     let machine = Machine {
         id: MachineId::of_template(draft.key()),
         ..machine.clone()
     };
-    let task = tokio::spawn(make_or_undo(config.clone(), machine, plan, draft, given_up));
-    task.await.unwrap_or_else(|error| Err(VmError::task(error)))
+    let mut task = tokio::spawn(make_or_undo(config.clone(), machine, plan, draft, given_up));
+    let ended = tokio::select! {
+        ended = &mut task => ended,
+        () = interruption => {
+            drop(guard);
+            task.await
+        }
+    };
+    ended.unwrap_or_else(|error| Err(VmError::task(error)))
 }
 
 async fn make_or_undo(

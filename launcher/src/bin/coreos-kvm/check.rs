@@ -10,11 +10,14 @@ use std::{
 
 use coreos_kvm_launcher::{
     accel,
-    config::{self, Config},
+    config::{self, Config, Templates},
     guest::Guest,
     program, qemu, sentence,
-    state::StateDir,
+    state::{CloneMode, StateDir},
+    template::{Manifest, Store},
 };
+
+use crate::template::mib;
 
 /// What was found of one thing: how it is, or what is wrong with it and how to mend it.
 type Finding = (&'static str, Result<String, String>);
@@ -46,6 +49,7 @@ pub(crate) async fn check(config: &Config, path: Option<&Path>) -> anyhow::Resul
         ),
         ("agent disk", agent_disk(config)),
         ("state", state(config)),
+        ("clones", clones(config)),
         ("tun", opened("/dev/net/tun", "the kernel's module `tun` makes it")),
     ];
     for (what, finding) in &findings {
@@ -145,6 +149,29 @@ fn state(config: &Config) -> Result<String, String> {
     let state = StateDir::create(&config.state_dir, &id).map_err(|error| sentence(&error))?;
     state.remove().map_err(|error| sentence(&error))?;
     Ok(shown(config.state_dir.clone()))
+}
+
+/// In which way machines are cloned, and what of that the node decides.
+fn clones(config: &Config) -> Result<String, String> {
+    if config.templates == Templates::Off {
+        return Ok("none, each machine boots: `templates` in the configuration is \"off\"".to_owned());
+    }
+    let space = config.template_space_mib << 20;
+    let store = Store::open(&config.template_dir, space).map_err(|error| sentence(&error))?;
+    let entries = store.entries().map_err(|error| sentence(&error))?;
+    let bytes = entries
+        .iter()
+        .filter_map(|entry| entry.manifest.as_ref().ok())
+        .map(Manifest::bytes)
+        .sum();
+    Ok(format!(
+        "by {}, for virtiofsd shares the memory of a guest that has containers; {} templates in {}, {} of {}",
+        CloneMode::Copy,
+        entries.len(),
+        config.template_dir.display(),
+        mib(bytes),
+        mib(space)
+    ))
 }
 
 fn opened(path: &'static str, mending: &str) -> Result<String, String> {

@@ -8,6 +8,8 @@ mod local_files;
 mod output;
 mod ps;
 mod run;
+mod table;
+mod template;
 mod transpile;
 
 use std::{
@@ -49,6 +51,8 @@ enum NodeCommand {
     Console(console::Console),
     /// Runs a command in a machine's guest, in the guest's own namespaces, as root.
     Exec(exec::Exec),
+    /// Makes, lists, verifies and removes the templates that machines are clones of.
+    Template(template::Template),
     /// Boots one machine without Kubernetes, with its own network, disk and configuration, and stays with it until it ends.
     Run(run::Run),
 }
@@ -90,6 +94,7 @@ fn on_node(command: NodeCommand, path: Option<&Path>) -> anyhow::Result<ExitCode
             NodeCommand::Ps(ps) => ps.run(&config),
             NodeCommand::Console(console) => console.run(&config).await,
             NodeCommand::Exec(exec) => exec.run(&config).await,
+            NodeCommand::Template(template) => template.run(&config).await,
             NodeCommand::Run(run) => run.run(&config).await,
         }
     });

@@ -9,6 +9,8 @@ use coreos_kvm_launcher::{
     state::{self, ProcessId, Record, StateDir},
 };
 
+use crate::table::table;
+
 #[derive(Args)]
 pub(crate) struct Ps {
     /// As one JSON array.
@@ -31,17 +33,24 @@ impl Ps {
             return Ok(ExitCode::SUCCESS);
         }
         let rows = records.iter().map(|(id, record)| row(id, record));
-        print!(
-            "{}",
-            table(std::iter::once(HEAD.map(str::to_owned)).chain(rows).collect())
-        );
+        let head = std::iter::once(HEAD.map(str::to_owned));
+        print!("{}", table(&head.chain(rows).collect::<Vec<_>>()));
         Ok(ExitCode::SUCCESS)
     }
 }
 
-const HEAD: [&str; 7] = ["MACHINE", "STATE", "GUEST", "PID", "VCPUS", "MEMORY", "ACCELERATION"];
+const HEAD: [&str; 8] = [
+    "MACHINE",
+    "STATE",
+    "GUEST",
+    "PID",
+    "VCPUS",
+    "MEMORY",
+    "ACCELERATION",
+    "ORIGIN",
+];
 
-fn row(id: &MachineId, record: &Record) -> [String; 7] {
+fn row(id: &MachineId, record: &Record) -> [String; 8] {
     [
         id.to_string(),
         state_of(record).to_owned(),
@@ -52,6 +61,10 @@ fn row(id: &MachineId, record: &Record) -> [String; 7] {
         record
             .acceleration
             .map_or_else(|| "-".to_owned(), |acceleration| acceleration.to_string()),
+        record
+            .origin
+            .as_ref()
+            .map_or_else(|| "-".to_owned(), ToString::to_string),
     ]
 }
 
@@ -63,41 +76,5 @@ fn state_of(record: &Record) -> &'static str {
         (false, true) if record.qemu.is_none() => "starting",
         (false, true) => "ending",
         (false, false) => "dead",
-    }
-}
-
-fn table(rows: Vec<[String; 7]>) -> String {
-    let mut widths = [0; 7];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.len().max(*width);
-        }
-    }
-    let mut text = String::new();
-    for row in &rows {
-        let line: Vec<String> = row
-            .iter()
-            .zip(widths)
-            .map(|(cell, width)| format!("{cell:width$}"))
-            .collect();
-        text += line.join("  ").trim_end();
-        text.push('\n');
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn columns_are_as_wide_as_their_widest_cell() {
-        let row = ["a-long-name", "running", "reference", "7", "1", "512 MiB", "tcg"].map(str::to_owned);
-        let text = table(vec![HEAD.map(str::to_owned), row]);
-        assert_eq!(
-            text,
-            "MACHINE      STATE    GUEST      PID  VCPUS  MEMORY   ACCELERATION\n\
-             a-long-name  running  reference  7    1      512 MiB  tcg\n"
-        );
     }
 }
