@@ -8,20 +8,16 @@ use std::{
     os::fd::AsRawFd,
     path::{Component, Path, PathBuf},
     process::Command,
-    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use coreos_kvm_proto::{SEED_LENGTH, agent::Awakening};
 use nix::{
     sys::time::{TimeSpec, TimeValLike},
-    time::{ClockId, clock_settime},
+    time::{ClockId, clock_gettime, clock_settime},
 };
 
 use crate::{error::AgentError, quiet};
-
-/// Clocks that differ by less are left: a call takes that long.
-const CLOCK_SLACK: Duration = Duration::from_millis(20);
 
 /// `uname -r`.
 pub(crate) fn kernel_release() -> String {
@@ -37,17 +33,24 @@ pub(crate) fn os_name() -> String {
     name.unwrap_or("Linux").trim_matches(['"', '\'']).to_owned()
 }
 
-/// Sets the wall clock; 0 leaves it.
-pub(crate) fn set_clock(host_ns: i64) -> Result<(), AgentError> {
-    let Ok(host) = u64::try_from(host_ns) else {
-        return Err(AgentError::InvalidArgument(format!("{host_ns} is no time")));
-    };
-    let ours = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    if host == 0 || ours.abs_diff(Duration::from_nanos(host)) < CLOCK_SLACK {
-        return Ok(());
-    }
-    clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::nanoseconds(host_ns))
+/// Sets the wall clock, in nanoseconds since the epoch.
+fn set_clock(wall_ns: i64) -> Result<(), AgentError> {
+    clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::nanoseconds(wall_ns))
         .map_err(AgentError::failed("setting the clock failed"))
+}
+
+/// Adds so many nanoseconds to the wall clock, and answers what it then is.
+pub(crate) fn adjust_clock(by_ns: i64) -> Result<i64, AgentError> {
+    let now = || {
+        clock_gettime(ClockId::CLOCK_REALTIME)
+            .map(|now| now.num_nanoseconds())
+            .map_err(AgentError::failed("reading the clock failed"))
+    };
+    if by_ns != 0 {
+        let wanted = now()?.checked_add(by_ns).filter(|wanted| *wanted >= 0);
+        set_clock(wanted.ok_or_else(|| AgentError::InvalidArgument(format!("{by_ns} ns lead out of time")))?)?;
+    }
+    now()
 }
 
 /// Sets the guest's name; an empty one leaves it.

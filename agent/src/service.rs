@@ -57,11 +57,21 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: proto::ConfigureSandboxRequest,
     ) -> Answer<proto::Empty> {
-        identity::set_clock(request.wall_clock_ns)?;
         identity::set_hostname(&request.hostname)?;
         mounts::share(&request.shared_tag).await?;
         mounts::shm(request.shm_size)?;
         empty(identity::set_sysctls(&request.sysctls))
+    }
+
+    async fn adjust_clock(
+        &self,
+        _: &TtrpcContext,
+        request: proto::AdjustClockRequest,
+    ) -> Answer<proto::AdjustClockResponse> {
+        Ok(proto::AdjustClockResponse {
+            wall_clock_ns: identity::adjust_clock(request.by_ns)?,
+            ..Default::default()
+        })
     }
 
     async fn configure_network(

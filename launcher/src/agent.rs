@@ -125,6 +125,18 @@ impl AgentClient {
         .map(drop)
     }
 
+    /// Moves the guest's wall clock by so many nanoseconds. Answers what it then is, in nanoseconds since the epoch.
+    pub async fn adjust_clock(&self, by_ns: i64) -> Result<i64, AgentError> {
+        let request = proto::AdjustClockRequest {
+            by_ns,
+            ..Default::default()
+        };
+        let answer = self.call("adjust its clock", SHORT, async |rpc, context| {
+            rpc.adjust_clock(context, &request).await
+        });
+        Ok(answer.await?.wall_clock_ns)
+    }
+
     pub async fn configure_network(&self, request: &proto::ConfigureNetworkRequest) -> Result<(), AgentError> {
         self.call("set up the network", LONG, async |rpc, context| {
             rpc.configure_network(context, request).await

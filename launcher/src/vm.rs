@@ -18,6 +18,7 @@ use crate::{
 
 mod boot;
 mod build;
+mod clock;
 mod clone;
 mod error;
 mod plan;

@@ -13,9 +13,3 @@ pub(crate) fn now() -> Timestamp {
         ..Default::default()
     }
 }
-
-/// The same in nanoseconds since the epoch.
-pub(crate) fn now_ns() -> i64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(now.as_nanos()).unwrap_or_default()
-}

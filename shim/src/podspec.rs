@@ -12,7 +12,7 @@ use coreos_kvm_launcher::{
 use coreos_kvm_proto::{SHARED_TAG, agent::ConfigureSandboxRequest};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
-use crate::{clock, error::ShimError, volume::VolumeFile};
+use crate::{error::ShimError, volume::VolumeFile};
 
 /// Prefix of the annotations by which a pod describes its machine.
 const PREFIX: &str = "coreos-kvm.io/";
@@ -99,7 +99,6 @@ pub(crate) fn sandbox_request(id: &str, spec: &Spec) -> ConfigureSandboxRequest 
         shared_tag: SHARED_TAG.to_owned(),
         shm_size: 0,
         sysctls: linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
-        wall_clock_ns: clock::now_ns(),
         ..Default::default()
     }
 }
@@ -436,6 +435,5 @@ pub(crate) mod tests {
         let request = sandbox_request("abc", &spec(json!({})));
         assert_eq!(request.hostname, "web-0");
         assert_eq!(request.sysctls["net.ipv4.ip_unprivileged_port_start"], "0");
-        assert!(request.wall_clock_ns > 0);
     }
 }

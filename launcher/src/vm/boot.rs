@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Vm, VmError,
     build::{self, Line, Made, Origin},
+    clock,
     clone::{self, Found},
     plan::{Plan, plan},
     remains,
@@ -193,6 +194,7 @@ async fn bring_up(
     watch.during(async { Ok(ready.greeted().await?) }).await?;
     let agent = AgentClient::new(dialer);
     let configured = async {
+        clock::synchronize(&agent).await?;
         if let Some(network) = &network {
             agent.configure_network(network).await?;
         }

@@ -1,10 +1,6 @@
 //! A machine that goes on where a template was saved: found or made, restored, and woken as a machine of its own.
 
-use std::{
-    fs::File,
-    io,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{fs::File, io, time::Duration};
 
 use coreos_kvm_proto::{SEED_LENGTH, agent::Awakening};
 use protobuf::Message;
@@ -16,6 +12,7 @@ use tokio::{
 use super::{
     VmError,
     build::{self, Made, Origin, Transfer},
+    clock,
     plan::{Plan, plan},
     save,
 };
@@ -236,7 +233,7 @@ impl Restore {
                 boot_id: self.ids.boot_id.to_vec(),
                 machine_id: self.ids.machine_id.to_vec(),
                 ready_port,
-                wall_clock_ns: now_ns(),
+                wall_clock_ns: clock::now_ns(),
                 ..Default::default()
             };
             send(wake, &message).await.map_err(VmError::io("waking the guest"))?;
@@ -253,11 +250,6 @@ async fn send(wake: &mut tokio::net::UnixStream, message: &Awakening) -> io::Res
     let length = u32::try_from(message.len()).map_err(io::Error::other)?;
     wake.write_all(&[&length.to_be_bytes(), message.as_slice()].concat())
         .await
-}
-
-fn now_ns() -> i64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
 }
 
 /// A random UUID, version 4 of RFC 9562, as the kernel and systemd make theirs.

@@ -1,8 +1,10 @@
 //! Measures what a pod costs, as ratios of things measured in the same run, and shows a table.
 //!
+//! - [`clones`]: pods whose machines are clones of templates
 //! - [`library`]: what the translation of configurations costs
 //! - [`table`]: samples and figures
 
+mod clones;
 mod library;
 mod table;
 
@@ -24,6 +26,8 @@ use kubeception_tests::pod::{Container, Pod};
 
 use table::{Samples, Table};
 
+/// The handler whose pods boot.
+const BOOTED: &str = "booted";
 const BOOT_BOUND: Duration = Duration::from_secs(240);
 const MB: f64 = 1_000_000.0;
 
@@ -70,13 +74,15 @@ fn measure(arguments: &Arguments) -> Result<()> {
     let mut table = Table::default();
     library::measure(&mut table, arguments.translations)?;
     if !arguments.library {
-        let node = Node::start("bench", arguments.containerd, &[Handler::standard()])?;
+        let booted = Handler::variant(BOOTED).set("templates", "\"off\"");
+        let node = Node::start("bench", arguments.containerd, &[Handler::standard(), booted])?;
         let bench = Bench {
             cri: Cri::connect(&node)?,
             node: &node,
             arguments,
         };
         bench.boots(&mut table)?;
+        bench.clones(&mut table)?;
         bench.running_pod(&mut table)?;
     }
     table.print();
@@ -102,7 +108,7 @@ impl Bench<'_> {
             let before = processes(self.node)?;
             let pod = Pod::new(self.node.place(), "cold");
             let begun = Instant::now();
-            let id = self.cri.run_pod(&pod, COREOS_KVM)?;
+            let id = self.cri.run_pod(&pod, BOOTED)?;
             pods.add(begun.elapsed().as_secs_f64());
             if bare.is_none() {
                 let new = new_processes(self.node, &before)?;

@@ -12,6 +12,10 @@ impl Samples {
         self.0.sort_by(f64::total_cmp);
     }
 
+    pub(crate) fn each(&self, take: impl FnMut(f64)) {
+        self.0.iter().copied().for_each(take);
+    }
+
     pub(crate) fn median(&self) -> f64 {
         let middle = self.0.len() / 2;
         if self.0.len() % 2 == 1 {

@@ -1,0 +1,224 @@
+//! What clones cost: against the same pod on runc, against one that boots, many at once, and of the host's memory.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use kubeception_tests::cri::{COREOS_KVM, Cri, RUNC};
+use kubeception_tests::image::BUSYBOX;
+use kubeception_tests::leftovers::{Process, processes};
+use kubeception_tests::pod::{Container, Pod};
+
+use super::{BOOTED, Bench, MB, new_processes};
+use crate::table::{Samples, Table};
+
+/// Clones whose memory is measured, and those that are asked for at once.
+const IDLE: u32 = 20;
+const AT_ONCE: u32 = 10;
+/// A pod's first output is a matter of a second, and of ten where it boots.
+const OUTPUT: Duration = Duration::from_secs(240);
+/// Until a new pod is idle: what waits in the guest has been woken after 2 s.
+const SETTLED: Duration = Duration::from_secs(15);
+
+/// How long the steps of pods took, in seconds.
+#[derive(Default)]
+struct Steps {
+    ready: Samples,
+    output: Samples,
+    removed: Samples,
+}
+
+impl Bench<'_> {
+    pub(super) fn clones(&self, table: &mut Table) -> Result<()> {
+        // The first makes its template.
+        self.one_pod(COREOS_KVM, "template", &mut Steps::default())?;
+        let [mut clones, mut boots, mut runc] = [(); 3].map(|()| Steps::default());
+        for run in 1..=self.arguments.runs {
+            eprintln!("clone, boot and runc {run} of {}", self.arguments.runs);
+            self.one_pod(COREOS_KVM, "clone", &mut clones)?;
+            self.one_pod(BOOTED, "boot", &mut boots)?;
+            self.one_pod(RUNC, "runc", &mut runc)?;
+        }
+        let what = "clone: RunPodSandbox, create, start to first output, over ";
+        table.ratio(
+            "clone_over_runc",
+            &format!("{what}runc"),
+            &clones.output,
+            &runc.output,
+            4.0,
+        );
+        table.ratio(
+            "clone_over_cold",
+            &format!("{what}a boot"),
+            &clones.output,
+            &boots.output,
+            0.12,
+        );
+        table.samples("clone_pod_s", "clone: RunPodSandbox to ready", "s", &clones.ready, None);
+        table.samples("clone_output_s", "clone: to first output", "s", &clones.output, None);
+        table.samples("cold_output_s", "boot: to first output", "s", &boots.output, None);
+        table.samples("runc_output_s", "runc: to first output", "s", &runc.output, None);
+        let mut removed = Samples::default();
+        clones.removed.each(|seconds| removed.add(seconds * 1000.0));
+        table.samples(
+            "remove_ms",
+            "clone removed, everything freed",
+            "ms",
+            &removed,
+            Some(500.0),
+        );
+        self.at_once(table, &clones.ready)?;
+        self.idle(table)
+    }
+
+    fn one_pod(&self, handler: &str, name: &str, steps: &mut Steps) -> Result<()> {
+        let before = processes(self.node)?;
+        let pod = Pod::new(self.node.place(), name);
+        let begun = Instant::now();
+        let id = self.cri.run_pod(&pod, handler)?;
+        steps.ready.add(begun.elapsed().as_secs_f64());
+        let container = Container::script("says", "echo out; exec sleep 2147483647");
+        self.cri.run(&id, &container, &pod)?;
+        let log = container.log(&pod);
+        // More often than a log is looked at elsewhere: runc takes some tenths of a second in all.
+        while fs::metadata(&log).map_or(0, |log| log.len()) == 0 {
+            ensure!(begun.elapsed() < OUTPUT, "the container says nothing");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        steps.output.add(begun.elapsed().as_secs_f64());
+        std::thread::sleep(if handler == COREOS_KVM {
+            Duration::from_secs(4)
+        } else {
+            Duration::ZERO
+        });
+
+        let begun = Instant::now();
+        self.cri.stop_pod(&id)?;
+        self.cri.remove_pod(&id)?;
+        while !new_processes(self.node, &before)?.is_empty() {
+            ensure!(begun.elapsed() < OUTPUT, "processes of the pod stay");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        steps.removed.add(begun.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    fn at_once(&self, table: &mut Table, one: &Samples) -> Result<()> {
+        let mut all = Samples::default();
+        for run in 1..=self.arguments.runs {
+            eprintln!("{AT_ONCE} clones at once, {run} of {}", self.arguments.runs);
+            let begun = Instant::now();
+            let ids = self.start(AT_ONCE)?;
+            all.add(begun.elapsed().as_secs_f64());
+            self.remove(&ids)?;
+        }
+        let what = format!("{AT_ONCE} clones at once until the last is ready, over one");
+        table.ratio("clones10_over_one", &what, &all, one, 10.0);
+        table.samples("clones10_s", "the same, in seconds", "s", &all, None);
+        Ok(())
+    }
+
+    /// Starts so many pods at the same time.
+    fn start(&self, count: u32) -> Result<Vec<(String, Pod)>> {
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..count)
+                .map(|number| {
+                    scope.spawn(move || {
+                        let cri = Cri::connect(self.node)?;
+                        let pod = Pod::new(self.node.place(), &format!("many-{number}"));
+                        let id = cri.run_pod(&pod, COREOS_KVM)?;
+                        anyhow::Ok((id, pod))
+                    })
+                })
+                .collect();
+            let joined = workers.into_iter().map(|worker| match worker.join() {
+                Ok(outcome) => outcome,
+                Err(panic) => std::panic::resume_unwind(panic),
+            });
+            joined.collect()
+        })
+    }
+
+    fn remove(&self, pods: &[(String, Pod)]) -> Result<()> {
+        for (id, _) in pods {
+            self.cri.stop_pod(id)?;
+            self.cri.remove_pod(id)?;
+        }
+        Ok(())
+    }
+
+    /// The memory of many idle pods, each with a container that does nothing.
+    fn idle(&self, table: &mut Table) -> Result<()> {
+        eprintln!("{IDLE} idle clones");
+        let before = processes(self.node)?;
+        let mut pods = Vec::new();
+        for number in 0..IDLE {
+            let pod = Pod::new(self.node.place(), &format!("idle-{number}"));
+            let id = self.cri.run_pod(&pod, COREOS_KVM)?;
+            let idle = Container::new("idle", BUSYBOX).command(&["sleep", "2147483647"]);
+            self.cri.run(&id, &idle, &pod)?;
+            pods.push((id, pod));
+        }
+        std::thread::sleep(SETTLED);
+        let mut parts = Parts::default();
+        for process in new_processes(self.node, &before)? {
+            parts.add(&process)?;
+        }
+        let pod = |bytes: f64| bytes / f64::from(IDLE) / MB;
+        let all = pod(parts.guest + parts.qemu + parts.others);
+        let what = format!("{IDLE} idle clones by copy: memory of the host, each");
+        table.figure("clone_copy_mb", &what, "MB", all, Some(150.0));
+        table.figure("clone_guest_mb", "of it the guest's", "MB", pod(parts.guest), None);
+        table.figure("clone_qemu_mb", "of it QEMU's own", "MB", pod(parts.qemu), None);
+        table.figure(
+            "clone_others_mb",
+            "of it shim, virtiofsd, vsock device",
+            "MB",
+            pod(parts.others),
+            None,
+        );
+        self.remove(&pods)
+    }
+}
+
+/// Bytes of memory, by whose they are.
+#[derive(Default)]
+struct Parts {
+    guest: f64,
+    qemu: f64,
+    others: f64,
+}
+
+impl Parts {
+    /// Shared pages count in part, save those of a guest: all that its file has count once, whoever has mapped them.
+    fn add(&mut self, process: &Process) -> Result<()> {
+        let path = format!("/proc/{}/smaps_rollup", process.pid);
+        let text = fs::read_to_string(&path).with_context(|| format!("reading {path} ({})", process.command))?;
+        let kilobytes = |name: &str| -> f64 {
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            line.and_then(|line| line.split_whitespace().next()?.parse().ok())
+                .unwrap_or_default()
+        };
+        let own = (kilobytes("Pss:") - kilobytes("Pss_Shmem:")) * 1024.0;
+        if process.command.contains("qemu-system") {
+            self.qemu += own;
+            self.guest += guest_bytes(process)?;
+        } else {
+            self.others += own;
+        }
+        Ok(())
+    }
+}
+
+/// What the file of a guest's memory takes.
+fn guest_bytes(qemu: &Process) -> Result<f64> {
+    for entry in fs::read_dir(format!("/proc/{}/fd", qemu.pid))? {
+        let path = entry?.path();
+        let is_memory = fs::read_link(&path).is_ok_and(|link| link.to_string_lossy().starts_with("/memfd:guest"));
+        if is_memory {
+            return Ok(fs::metadata(&path)?.blocks() as f64 * 512.0);
+        }
+    }
+    anyhow::bail!("{} is no clone: it has no file with the guest's memory", qemu.command)
+}
