@@ -140,12 +140,10 @@ async fn identity(vm: &Vm) -> Vec<String> {
         .unwrap()
         .to_owned();
     // What PID 1 was told when the template booted.
-    let seen = text(
-        vm,
-        "systemd-run --quiet --pipe --wait sh -c 'echo %b; echo %m' | tr -d -",
-    )
-    .await;
-    assert_eq!(seen, format!("{}\n{machine_id}", boot_id.replace('-', "")));
+    let unit = "[Service]\nType=oneshot\nExecStart=/bin/sh -c \"echo %b %m >/run/seen\"";
+    let start = format!("echo '{unit}' >/run/systemd/system/seen.service; systemctl start seen; cat /run/seen");
+    let seen = text(vm, &start).await;
+    assert_eq!(seen, format!("{} {machine_id}", boot_id.replace('-', "")));
     vec![random, boot_id, machine_id, file_id, sequence_id]
 }
 
