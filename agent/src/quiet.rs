@@ -76,7 +76,7 @@ pub(crate) async fn halt_services() -> Result<()> {
     for service in HALTED {
         let drop_in = gate_drop_in(service);
         fs::create_dir_all(drop_in.parent().unwrap_or(Path::new("/"))).context("making a folder for a service")?;
-        let text = format!("[Service]\nExecStartPre=/bin/cat {GATE}\nTimeoutStartSec=infinity\n");
+        let text = format!("[Service]\nExecStartPre=-/bin/cat {GATE}\nTimeoutStartSec=infinity\n");
         fs::write(drop_in, text).context("changing a service")?;
     }
     run("systemctl", &["daemon-reload"])?;
@@ -178,6 +178,8 @@ pub(crate) fn wake_services(kind: Kind) -> Result<()> {
     // They have been waiting at the other side, or the open would wait for them.
     let gate = fs::File::options().write(true).open(GATE);
     drop(gate.context("letting the services start")?);
+    // When they are restarted later there is nothing to wait for.
+    fs::remove_file(GATE).context("removing the services' gate")?;
     if kind == Kind::Own {
         // Its end is the reaper's.
         Command::new("systemctl")

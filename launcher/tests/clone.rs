@@ -186,6 +186,14 @@ async fn a_clone_goes_on_when_its_template_is_removed_and_ends_in_order() {
         .unwrap();
     assert!(!folder.exists());
     assert_eq!(text(&vm, "echo alive").await, "alive");
+    // What waited for the clone waits once.
+    eventually(&vm, "systemctl is-active systemd-journald systemd-udevd").await;
+    let restarted = text(
+        &vm,
+        "systemctl restart systemd-journald systemd-udevd && echo restarted",
+    )
+    .await;
+    assert_eq!(restarted, "restarted");
     vm.pause().await.unwrap();
     vm.resume().await.unwrap();
     vm.shutdown(Duration::from_secs(30)).await.unwrap();

@@ -82,7 +82,7 @@ async fn start_or_undo(
             )
             .await
             {
-                Err(VmError::Cancelled) => return Err(VmError::Cancelled),
+                Err(error) if !error.may_be_the_clones() => return Err(error),
                 Err(error) => {
                     let why = sentence(&error);
                     tracing::warn!(machine = %machine.id, template = %key, why, "the machine does not come up as a clone, and boots instead");

@@ -141,8 +141,11 @@ fn forget_damaged(store: &Store, key: &Key, error: &TemplateError) {
 
 /// Notes that a clone did not come up.
 pub(super) fn give_up_on(store: &Store, key: &Key, error: &VmError, why: &str) {
-    if let VmError::Template(error) = error {
-        forget_damaged(store, key, error);
+    match error {
+        VmError::Template(error) => forget_damaged(store, key, error),
+        // Other machines can be clones of it.
+        VmError::NoTemplate(_) => return,
+        _ => {}
     }
     store.note_use(key, Some(why.to_owned()));
 }

@@ -88,6 +88,22 @@ pub enum VmError {
 }
 
 impl VmError {
+    /// Whether it may be the clone's, and the machine come up when it boots. What else there is, such as a missing program or a full
+    /// disk, would be in the way of a boot as well.
+    pub(super) fn may_be_the_clones(&self) -> bool {
+        matches!(
+            self,
+            Self::Template(_)
+                | Self::NoTemplate(_)
+                | Self::Process(_)
+                | Self::Qmp(_)
+                | Self::Ended { .. }
+                | Self::Timeout { .. }
+                | Self::Greeting(_)
+                | Self::Agent(_)
+        )
+    }
+
     pub(super) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();
         move |source| Self::Io { what, source }
