@@ -18,7 +18,8 @@ use coreos_kvm_launcher::{
     config::Config,
     guest::Guest,
     machine::{Configuration, Machine, Network},
-    state::StateDir,
+    state::{self, StateDir},
+    vm,
 };
 use coreos_kvm_proto::{GUEST_CONTAINER_ID, agent::Streams};
 use tokio::sync::{Mutex, MutexGuard};
@@ -120,6 +121,26 @@ impl Place {
                 "{command} is left"
             );
         }
+    }
+}
+
+/// A test that fails leaves machines behind.
+impl Drop for Place {
+    fn drop(&mut self) {
+        let state_dir = self.config.state_dir.clone();
+        let destroy = move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            for id in state::machines(&state_dir).unwrap_or_default() {
+                if let Err(error) = runtime.block_on(vm::destroy(&state_dir, &id)) {
+                    eprintln!("{error}");
+                }
+            }
+        };
+        // A runtime cannot be waited for inside another.
+        let _ = std::thread::spawn(destroy).join();
     }
 }
 
