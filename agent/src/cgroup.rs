@@ -60,6 +60,51 @@ pub(crate) fn freeze(directory: &Path, frozen: bool) -> io::Result<()> {
     fs::write(directory.join("cgroup.freeze"), if frozen { "1" } else { "0" })
 }
 
+/// All else that the guest runs, set aside: it has the processor only when the agent and its containers leave it alone.
+#[derive(Debug)]
+pub(crate) struct Others {
+    /// Each cgroup with the weight that it had.
+    weights: Vec<(PathBuf, String)>,
+}
+
+impl Others {
+    /// Sets aside the siblings of the agent's cgroup and of those above it.
+    pub(crate) fn set_aside(own: &Path) -> Self {
+        let own = directory(own);
+        let levels = own.ancestors().take_while(|level| *level != Path::new(ROOT));
+        let siblings = levels.flat_map(|level| {
+            let parent = level.parent().unwrap_or(level);
+            let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+            let paths = entries.map(|entry| entry.path());
+            paths.filter(move |path| path != level).collect::<Vec<_>>()
+        });
+        let weights = siblings.filter_map(|cgroup| {
+            // Files, and cgroups without the controller, have none.
+            let weight = fs::read_to_string(cgroup.join("cpu.weight")).ok()?;
+            fs::write(cgroup.join("cpu.idle"), "1").ok()?;
+            Some((cgroup, weight))
+        });
+        Self {
+            weights: weights.collect(),
+        }
+    }
+
+    /// Ends that.
+    pub(crate) fn let_on(self) {
+        for (cgroup, weight) in self.weights {
+            let set = fs::write(cgroup.join("cpu.idle"), "0").and_then(|()| {
+                // Not all that there is has one other than the default.
+                fs::write(cgroup.join("cpu.weight"), weight)
+            });
+            if let Err(error) = set
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                tracing::warn!(cgroup = %cgroup.display(), %error, "a cgroup keeps being set aside");
+            }
+        }
+    }
+}
+
 /// Whether the kernel has killed a process in it for want of memory.
 pub(crate) fn oom_killed(directory: &Path) -> bool {
     fs::read_to_string(directory.join("memory.events")).is_ok_and(|text| {

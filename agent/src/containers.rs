@@ -25,7 +25,7 @@ use nix::{
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
 
 use crate::{
-    cgroup,
+    cgroup::{self, Others},
     error::AgentError,
     process::Process,
     reaper::{Exit, Reaper},
@@ -284,6 +284,11 @@ impl Containers {
             .map_err(|error| failed("the container's cgroup is not there", &error))?
             .apply(&options)
             .map_err(|error| failed("the limits could not be set", &error))
+    }
+
+    /// Sets aside whatever else the guest runs.
+    pub(crate) fn set_others_aside(&self) -> Others {
+        Others::set_aside(&self.cgroup)
     }
 
     /// The directory of a container's cgroup.

@@ -8,7 +8,7 @@
 //! - [`cgroup`], [`stats`]: the containers' cgroups and what they say; [`passwd`] and [`workdir`]: their users' homes
 //!   and the folders they start in
 //! - [`mounts`], [`network`], [`identity`]: making the guest the pod's
-//! - [`template`] and [`quiet`]: being saved, and waking up as another machine
+//! - [`template`], [`quiet`], [`rehearsal`]: being saved, and waking up as another machine
 //! - [`greeting`]: telling the host that all this is there
 
 mod cgroup;
@@ -22,6 +22,7 @@ mod passwd;
 mod process;
 mod quiet;
 mod reaper;
+mod rehearsal;
 mod runtime;
 mod service;
 mod stats;
@@ -73,7 +74,7 @@ async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
     let containers = Arc::new(containers::Containers::new(reaper, zygote, cgroup));
 
     let streams = streams::listen(containers.clone()).context("listening for streams")?;
-    let service = agent_ttrpc::create_agent(Arc::new(service::Service::new(containers)));
+    let service = agent_ttrpc::create_agent(Arc::new(service::Service::new(containers.clone())));
     let mut server = ttrpc::asynchronous::Server::new()
         .bind(&format!("vsock://-1:{AGENT_PORT}"))
         .context("listening for calls")?
@@ -85,7 +86,7 @@ async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
         "agent serves"
     );
     let ready_port = match template {
-        Some(template) => template.sleep().await.context("becoming a machine of its own")?,
+        Some(template) => template.sleep(&containers).await.context("becoming a machine of its own")?,
         None => greeting::port(),
     };
     greeting::greet(ready_port).await.context("greeting the host")?;

@@ -22,7 +22,7 @@ use nix::{
 use protobuf::Message;
 use tokio::io::unix::AsyncFd;
 
-use crate::{greeting::kernel_argument, identity, quiet};
+use crate::{containers::Containers, greeting::kernel_argument, identity, quiet, rehearsal::rehearse};
 
 /// What a clone does after its containers have begun to start waits so long.
 const LATER: Duration = Duration::from_secs(2);
@@ -68,7 +68,7 @@ impl Template {
     ///
     /// # Errors
     /// When a clone cannot be made a machine of its own: it must not go on then.
-    pub(crate) async fn sleep(self) -> Result<u32> {
+    pub(crate) async fn sleep(self, containers: &Containers) -> Result<u32> {
         let Self { kind, port } = self;
         let template = identity::Ids::read().context("reading the template's ids")?;
         let ready = TemplateReady {
@@ -80,6 +80,8 @@ impl Template {
         };
         let template = template.machine_name();
         quiet::free_memory()?;
+        rehearse(containers).await.context("rehearsing a clone's start")?;
+        let others = containers.set_others_aside();
         port.send(&ready.write_to_bytes()?)
             .await
             .context("saying that the guest is quiet")?;
@@ -94,6 +96,7 @@ impl Template {
         tracing::info!(?renewed, awake = ?begin.elapsed(), "the guest is a machine of its own");
         tokio::spawn(async move {
             tokio::time::sleep(LATER).await;
+            others.let_on();
             if let Err(error) = quiet::wake_services(kind) {
                 tracing::warn!(error = format!("{error:#}"), "not all services of the guest are awake");
             }

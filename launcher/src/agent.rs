@@ -8,7 +8,7 @@ use coreos_kvm_proto::{
     agent::{self as proto, StatsResponse, Streams},
     agent_ttrpc::AgentClient as Rpc,
 };
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::Instant};
 use ttrpc::{
     asynchronous::{Client, transport::Socket},
     context::{Context, with_duration},
@@ -328,9 +328,12 @@ impl AgentClient {
         deadline: Duration,
         call: impl FnOnce(Rpc, Context) -> F,
     ) -> Result<T, AgentError> {
+        let begin = Instant::now();
         let rpc = self.connect(what).await?;
         // The deadline goes to the agent as well, but it is not the agent who is trusted to keep it.
-        match tokio::time::timeout(deadline, call(rpc, with_duration(deadline))).await {
+        let answer = tokio::time::timeout(deadline, call(rpc, with_duration(deadline))).await;
+        tracing::debug!(took = ?begin.elapsed(), "the agent was asked to {what}");
+        match answer {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => Err(self.judge(what, error).await),
             Err(_) => Err(AgentError::Timeout { what }),

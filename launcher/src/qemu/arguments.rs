@@ -129,6 +129,7 @@ fn platform(line: &mut Line, machine: &Machine, acceleration: Acceleration) {
         "machine",
         "q35,memory-backend=memory,graphics=off,smm=off,vmport=off,hpet=off,i8042=off,sata=off,smbus=off,usb=off",
     );
+    line.add("global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off");
     match acceleration {
         Acceleration::Kvm => {
             line.add("accel", "kvm");
@@ -170,7 +171,7 @@ fn boot(line: &mut Line, machine: &Machine, descriptors: &Descriptors) {
             } else {
                 "plain"
             };
-            (kernel, initramfs, format!("{TEMPLATE_ARGUMENT}={kind}"))
+            (kernel, initramfs, format!("pcie_ports=compat {TEMPLATE_ARGUMENT}={kind}"))
         }
         // Its state comes when QEMU is told to load it, and it goes on when it is told to.
         Start::Clone { .. } => {
@@ -265,7 +266,7 @@ fn console(line: &mut Line, descriptors: &Descriptors) {
 fn late(line: &mut Line, wake: RawFd) {
     line.chardev("wake", wake);
     line.add("serial", "chardev:wake");
-    let slot = Device::new("pcie-root-port").with("id", SLOT).with("chassis", 1);
+    let slot = Device::new("pcie-root-port").with("id", SLOT).with("chassis", 1).with("power_controller_present", false);
     line.add("device", slot.to_string());
 }
 
