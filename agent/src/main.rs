@@ -86,7 +86,10 @@ async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
         "agent serves"
     );
     let ready_port = match template {
-        Some(template) => template.sleep(&containers).await.context("becoming a machine of its own")?,
+        Some(template) => template
+            .sleep(&containers)
+            .await
+            .context("becoming a machine of its own")?,
         None => greeting::port(),
     };
     greeting::greet(ready_port).await.context("greeting the host")?;

@@ -9,7 +9,7 @@ use std::{
     fs::Metadata,
     io,
     os::unix::fs::{FileTypeExt, MetadataExt},
-    path::{Path, PathBuf},
+    path::Path,
     time::Duration,
 };
 
@@ -18,6 +18,8 @@ use serde::{Deserialize, Serialize};
 pub mod trial;
 
 use trial::Verdict;
+
+use crate::cache::Cache;
 
 /// What the admin or the caller asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
@@ -87,12 +89,15 @@ async fn kvm_usable(cache_dir: &Path) -> Result<String, String> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(format!("there is no {DEVICE}")),
         Err(error) => return Err(format!("{DEVICE} cannot be looked at: {error}")),
     };
-    let cache = Cache::new(cache_dir, &device);
+    let cache = cache(cache_dir, &device);
     let verdict = match cache.as_ref().and_then(Cache::read) {
         Some(verdict) => verdict,
         None => {
             let verdict = timed_trial().await;
-            if let Some(cache) = &cache {
+            // A busy host can make a good KVM look slow once; only what was measured is kept, and a hang is not.
+            if let Some(cache) = &cache
+                && !matches!(verdict, Verdict::Failed(_))
+            {
                 cache.write(&verdict);
             }
             verdict
@@ -144,51 +149,11 @@ fn group_of(device: &Metadata) -> Result<Option<u32>, String> {
 }
 
 /// The trial's outcome on disk, valid for one boot of the host and one device.
-struct Cache {
-    path: PathBuf,
-    key: String,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Cached {
-    key: String,
-    verdict: Verdict,
-}
-
-impl Cache {
-    fn new(directory: &Path, device: &Metadata) -> Option<Self> {
-        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-        // The device node is made anew when the kernel's module is loaded anew.
-        let key = format!("{} {} {} {}", boot.trim(), device.rdev(), device.ino(), device.ctime());
-        Some(Self {
-            path: directory.join(".kvm-trial.json"),
-            key,
-        })
-    }
-
-    fn read(&self) -> Option<Verdict> {
-        let bytes = crate::state::read_bounded(&self.path).ok()?;
-        let cached: Cached = serde_json::from_slice(&bytes).ok()?;
-        (cached.key == self.key).then_some(cached.verdict)
-    }
-
-    /// A failure costs the next machine its trial, nothing more.
-    fn write(&self, verdict: &Verdict) {
-        // A busy host can make a good KVM look slow once; only what was measured is kept, and a hang is not.
-        if matches!(verdict, Verdict::Failed(_)) {
-            return;
-        }
-        let directory = self.path.parent().unwrap_or(Path::new("/"));
-        let cached = Cached {
-            key: self.key.clone(),
-            verdict: verdict.clone(),
-        };
-        let written =
-            crate::state::make_state_dir(directory).and_then(|()| crate::state::write_atomically(&self.path, &cached));
-        if let Err(error) = written {
-            tracing::debug!(%error, "the outcome of the KVM trial is not kept");
-        }
-    }
+fn cache(directory: &Path, device: &Metadata) -> Option<Cache> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    // The device node is made anew when the kernel's module is loaded anew.
+    let key = format!("{} {} {} {}", boot.trim(), device.rdev(), device.ino(), device.ctime());
+    Some(Cache::new(directory, ".kvm-trial.json", key))
 }
 
 #[cfg(test)]
@@ -218,20 +183,5 @@ mod tests {
             }
             (chosen, other) => panic!("auto chose {chosen}, kvm answered {other:?}"),
         }
-    }
-
-    #[test]
-    fn a_cached_verdict_is_that_of_one_boot_and_device() {
-        let directory = tempfile::tempdir().unwrap();
-        let cache = |key: &str| Cache {
-            path: directory.path().join("trial.json"),
-            key: key.to_owned(),
-        };
-        assert_eq!(cache("a").read(), None);
-        cache("a").write(&Verdict::Fast { slice_us: 60 });
-        assert_eq!(cache("a").read(), Some(Verdict::Fast { slice_us: 60 }));
-        assert_eq!(cache("b").read(), None);
-        cache("c").write(&Verdict::Failed("once".to_owned()));
-        assert_eq!(cache("c").read(), None);
     }
 }

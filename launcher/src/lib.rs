@@ -14,6 +14,7 @@
 
 pub mod accel;
 pub mod agent;
+mod cache;
 pub mod carriage;
 pub mod cgroup;
 pub mod config;

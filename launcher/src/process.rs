@@ -12,9 +12,12 @@ use std::{
     process::{ExitStatus, Stdio},
 };
 
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::Signal,
+    unistd::{ForkResult, Pid},
+};
 use tokio::{
-    io::AsyncReadExt,
+    io::{AsyncReadExt, Interest, unix::AsyncFd},
     process::{Child, Command},
     sync::watch,
 };
@@ -86,21 +89,6 @@ impl Process {
         inherited: Vec<OwnedFd>,
         confinement: Confinement,
     ) -> Result<Self, ProcessError> {
-        Self::start_after(|| Ok(()), program, arguments, inherited, confinement)
-    }
-
-    /// As [`Process::start`], and the new process does `first` behind its wall before it becomes the program. `first` runs where
-    /// only system calls are allowed, on memory that was allocated before: it allocates nothing and takes no lock.
-    ///
-    /// # Errors
-    /// As there; a failure of `first` comes with the error number that it had.
-    pub(crate) fn start_after(
-        mut first: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
-        program: &Path,
-        arguments: &[OsString],
-        inherited: Vec<OwnedFd>,
-        confinement: Confinement,
-    ) -> Result<Self, ProcessError> {
         let start = |source| ProcessError::Start {
             path: program.to_owned(),
             source,
@@ -116,7 +104,7 @@ impl Process {
         let numbers: Vec<RawFd> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
         let parent = nix::unistd::getpid();
         // SAFETY: between fork and exec only system calls are made, on memory that was allocated before; see `confine`.
-        unsafe { command.pre_exec(move || confine(&confinement, &numbers, parent).and_then(|()| first())) };
+        unsafe { command.pre_exec(move || confine(&confinement, &numbers, parent)) };
         let mut child = command.spawn().map_err(start)?;
         drop(inherited);
 
@@ -130,6 +118,55 @@ impl Process {
         let (ended, exit) = watch::channel(None);
         tokio::spawn(reap(child, ended));
         Ok(Self { id, exit, messages })
+    }
+
+    /// Starts a process that does `work` and ends: with 0, or with the error number of its failure. `work` runs where only system
+    /// calls are allowed, on memory that was allocated before: it allocates nothing and takes no lock. The process dies with the
+    /// calling thread, as those of [`Process::start`].
+    ///
+    /// # Errors
+    /// When it cannot be started. That it cannot be confined as asked is a failure of its work.
+    pub(crate) fn fork(
+        mut work: impl FnMut() -> io::Result<()>,
+        confinement: &Confinement,
+    ) -> Result<Self, ProcessError> {
+        let start = |source| ProcessError::Start {
+            path: "a process of the launcher's own".into(),
+            source,
+        };
+        let parent = nix::unistd::getpid();
+        // SAFETY: the child makes system calls on memory that was allocated before, see above, and ends.
+        let child = match unsafe { nix::unistd::fork() }.map_err(|error| start(error.into()))? {
+            ForkResult::Parent { child } => child,
+            ForkResult::Child => {
+                let failure = |error: io::Error| error.raw_os_error().unwrap_or(libc::EIO);
+                let done = confine(confinement, &[], parent).and_then(|()| work());
+                // SAFETY: ends the process without running what the parent has registered for its own end.
+                unsafe { libc::_exit(done.map_or_else(failure, |()| 0)) }
+            }
+        };
+        let watched = watched(child).map_err(|error| {
+            let _ = nix::sys::signal::kill(child, Signal::SIGKILL);
+            start(error)
+        });
+        let (id, pidfd) = watched?;
+        let (ended, exit) = watch::channel(None);
+        tokio::spawn(async move {
+            // Readable when it has ended: pidfd_open(2).
+            let _ = pidfd.readable().await;
+            let mut status = 0;
+            // SAFETY: waitpid(2) writes to a number of this function's. The process has ended, so that this does not wait.
+            let status = match unsafe { libc::waitpid(child.as_raw(), &raw mut status, 0) } {
+                -1 => Signal::SIGKILL as i32,
+                _ => status,
+            };
+            ended.send_replace(Some(ExitStatus::from_raw(status)));
+        });
+        Ok(Self {
+            id,
+            exit,
+            messages: Tail::new(MESSAGES),
+        })
     }
 
     /// Which process it is.
@@ -173,6 +210,17 @@ impl Drop for Process {
     }
 }
 
+/// A child, to be waited for.
+fn watched(child: Pid) -> io::Result<(ProcessId, AsyncFd<OwnedFd>)> {
+    let pid = rustix::process::Pid::from_raw(child.as_raw()).ok_or(io::ErrorKind::NotFound)?;
+    let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::NONBLOCK)?;
+    let id = ProcessId::of(child.as_raw().unsigned_abs()).ok_or(io::ErrorKind::NotFound)?;
+    // SAFETY: the descriptor is the result's alone, and open as long as it is.
+    Ok((id, unsafe {
+        AsyncFd::register_with_interest(pidfd, Interest::READABLE)
+    }?))
+}
+
 /// The one who waits for the process.
 async fn reap(mut child: Child, ended: watch::Sender<Option<ExitStatus>>) {
     let status = child.wait().await.unwrap_or_else(|error| {
@@ -194,7 +242,7 @@ async fn collect(mut stderr: tokio::process::ChildStderr, messages: Tail) {
 }
 
 /// Runs in the child between fork and exec: only system calls, no allocation, no locks.
-fn confine(confinement: &Confinement, inherited: &[RawFd], parent: nix::unistd::Pid) -> io::Result<()> {
+fn confine(confinement: &Confinement, inherited: &[RawFd], parent: Pid) -> io::Result<()> {
     let check = |result: libc::c_long| {
         if result < 0 {
             Err(io::Error::last_os_error())
@@ -303,6 +351,27 @@ mod tests {
                     grep -q '^NoNewPrivs:.1' /proc/self/status && grep -q '^CapEff:.0000000000000000' /proc/self/status";
         let process = shell(text, Vec::new(), confinement);
         assert_eq!(process.exited().await.code(), Some(0));
+    }
+
+    #[tokio::test]
+    async fn work_is_done_behind_the_wall_and_its_failure_is_a_number() {
+        let confinement = Confinement {
+            uid: Some(2_000_123),
+            ..Default::default()
+        };
+        let uid = || {
+            // SAFETY: takes nothing.
+            let uid = unsafe { libc::getuid() };
+            if uid == 2_000_123 {
+                Ok(())
+            } else {
+                Err(io::Error::from_raw_os_error(libc::EPERM))
+            }
+        };
+        let done = Process::fork(uid, &confinement).unwrap().exited().await;
+        assert_eq!(done.code(), Some(0));
+        let failed = Process::fork(|| Err(io::Error::from_raw_os_error(libc::EBADMSG)), &confinement).unwrap();
+        assert_eq!(failed.exited().await.code(), Some(libc::EBADMSG));
     }
 
     #[tokio::test]

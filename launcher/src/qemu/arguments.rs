@@ -23,6 +23,10 @@ const TCG_CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt";
 /// MiB of translated code that TCG keeps. The default of QEMU (a quarter of the guest's memory and more) costs some 280 MB.
 const TCG_TRANSLATION_MIB: u32 = 64;
 
+/// Kernel argument: no drivers for root ports themselves. That for hotplug would wait 5 s when a clone's devices are there, and
+/// then take them for new.
+const ALONE_WITH_PORTS: &str = "pcie_ports=compat";
+
 /// What is one QEMU's own: its open descriptors, by the numbers that they have in its process, and its port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Descriptors {
@@ -129,6 +133,8 @@ fn platform(line: &mut Line, machine: &Machine, acceleration: Acceleration) {
         "machine",
         "q35,memory-backend=memory,graphics=off,smm=off,vmport=off,hpet=off,i8042=off,sata=off,smbus=off,usb=off",
     );
+    // The agent looks for a clone's devices itself. The firmware's notice of them would have the kernel look as well, by a program
+    // in byte code that takes longer than all else that a clone does to come up.
     line.add("global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off");
     match acceleration {
         Acceleration::Kvm => {
@@ -171,7 +177,8 @@ fn boot(line: &mut Line, machine: &Machine, descriptors: &Descriptors) {
             } else {
                 "plain"
             };
-            (kernel, initramfs, format!("pcie_ports=compat {TEMPLATE_ARGUMENT}={kind}"))
+            let ours = format!("{ALONE_WITH_PORTS} {TEMPLATE_ARGUMENT}={kind}");
+            (kernel, initramfs, ours)
         }
         // Its state comes when QEMU is told to load it, and it goes on when it is told to.
         Start::Clone { .. } => {
@@ -266,7 +273,11 @@ fn console(line: &mut Line, descriptors: &Descriptors) {
 fn late(line: &mut Line, wake: RawFd) {
     line.chardev("wake", wake);
     line.add("serial", "chardev:wake");
-    let slot = Device::new("pcie-root-port").with("id", SLOT).with("chassis", 1).with("power_controller_present", false);
+    // Without a power switch, which would be off as long as nobody turns it on.
+    let slot = Device::new("pcie-root-port")
+        .with("id", SLOT)
+        .with("chassis", 1)
+        .with("power_controller_present", false);
     line.add("device", slot.to_string());
 }
 

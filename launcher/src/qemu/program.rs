@@ -1,18 +1,21 @@
 //! The program QEMU: found, and of a version that will do.
 
 use std::{
-    collections::HashMap,
-    io,
+    fs::File,
+    io::{self, Read},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::Stdio,
-    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
+use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 
-use crate::program::{self, ProgramError};
+use crate::{
+    cache::Cache,
+    program::{self, ProgramError},
+};
 
 /// Oldest QEMU that is known to do what is asked of it.
 pub const OLDEST: Version = Version { major: 7, minor: 2 };
@@ -21,7 +24,7 @@ pub const OLDEST: Version = Version { major: 7, minor: 2 };
 const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A version of QEMU, as far as it matters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Version {
     pub major: u32,
     pub minor: u32,
@@ -50,13 +53,14 @@ pub enum QemuError {
     TooOld { path: PathBuf, found: Version },
 }
 
-/// Finds the QEMU that the configuration names and makes sure that it is not too old.
+/// Finds the QEMU that the configuration names and makes sure that it is not too old. What it says of its version is kept in
+/// `cache_dir`, for it takes longer to say it than to be found.
 ///
 /// # Errors
 /// When it is missing, no QEMU, or too old.
-pub async fn find(program: &Path) -> Result<(PathBuf, Version), QemuError> {
+pub async fn find(program: &Path, cache_dir: &Path) -> Result<(PathBuf, Version), QemuError> {
     let path = program::find("QEMU", "qemu", program)?;
-    let version = version(&path).await?;
+    let version = version(&path, cache_dir).await?;
     new_enough(&path, version).map(|()| (path, version))
 }
 
@@ -71,23 +75,15 @@ fn new_enough(path: &Path, found: Version) -> Result<(), QemuError> {
     }
 }
 
-/// Device, inode and time of change of a file.
-type Key = (u64, u64, i64, i64);
-
 /// The version of the program at `path`; asked once for each file.
-async fn version(path: &Path) -> Result<Version, QemuError> {
-    static KNOWN: Mutex<Option<HashMap<Key, Version>>> = Mutex::new(None);
-
+async fn version(path: &Path, cache_dir: &Path) -> Result<Version, QemuError> {
     let unasked = |source| QemuError::Unasked {
         path: path.to_owned(),
         source,
     };
-    let file = std::fs::metadata(path).map_err(unasked)?;
-    let key: Key = (file.dev(), file.ino(), file.mtime(), file.mtime_nsec());
-    // A map of numbers is whole at any time.
-    let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(version) = known().as_ref().and_then(|known| known.get(&key)) {
-        return Ok(*version);
+    let cache = cache(path, cache_dir).map_err(unasked)?;
+    if let Some(version) = cache.as_ref().and_then(Cache::read) {
+        return Ok(version);
     }
     let asked = Command::new(path)
         .arg("--version")
@@ -103,8 +99,31 @@ async fn version(path: &Path) -> Result<Version, QemuError> {
         path: path.to_owned(),
         answer: answer.chars().take(200).collect(),
     })?;
-    known().get_or_insert_default().insert(key, version);
+    if let Some(cache) = cache {
+        cache.write(&version);
+    }
     Ok(version)
+}
+
+/// Where the version is kept, by device, inode and times of the program's file. None for a script, which may start another program
+/// tomorrow and be the same file.
+fn cache(path: &Path, directory: &Path) -> io::Result<Option<Cache>> {
+    let mut file = File::open(path)?;
+    let mut magic = [0; 2];
+    if file.read(&mut magic)? == 2 && magic == *b"#!" {
+        return Ok(None);
+    }
+    let file = file.metadata()?;
+    let key = format!(
+        "{} {} {}.{:09} {}.{:09}",
+        file.dev(),
+        file.ino(),
+        file.mtime(),
+        file.mtime_nsec(),
+        file.ctime(),
+        file.ctime_nsec()
+    );
+    Ok(Some(Cache::new(directory, ".qemu-version.json", key)))
 }
 
 /// From `QEMU emulator version 7.2.22 (Debian ...)`.
@@ -148,7 +167,23 @@ mod tests {
 
     #[tokio::test]
     async fn another_program_is_not_taken_for_qemu() {
-        let error = find(Path::new("/bin/true")).await.unwrap_err();
-        assert!(matches!(error, QemuError::NoQemu { .. }), "{error}");
+        let cache = tempfile::tempdir().unwrap();
+        for _ in 0..2 {
+            let error = find(Path::new("/bin/true"), cache.path()).await.unwrap_err();
+            assert!(matches!(error, QemuError::NoQemu { .. }), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_script_is_asked_each_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let script = directory.path().join("qemu");
+        for version in ["8.1", "9.0"] {
+            let text = format!("#!/bin/sh\necho QEMU emulator version {version}.0\n");
+            std::fs::write(&script, text).unwrap();
+            std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+            let (_, found) = find(&script, directory.path()).await.unwrap();
+            assert_eq!(found.to_string(), version);
+        }
     }
 }

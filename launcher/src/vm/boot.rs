@@ -173,9 +173,7 @@ async fn bring_up(
             (origin, Some(restore))
         }
     };
-    let mut made = build::make(config, machine, plan, origin, (state, record), watcher)
-        .await
-        .map_err(clone::tell_damage(restore.as_ref()))?;
+    let mut made = build::make(config, machine, plan, origin, (state, record), watcher).await?;
     if let Some(restore) = restore {
         restore.wake(&mut made).await?;
     }

@@ -79,6 +79,8 @@ pub(super) struct Made {
     /// The host's end of the port on which templates and clones are talked to.
     pub(super) wake: Option<tokio::net::UnixStream>,
     pub(super) transfer: Transfer,
+    /// The process that fills a clone's memory.
+    pub(super) filling: Option<Process>,
     /// The ways to the guest's agent; a template has none.
     pub(super) line: Option<Line>,
     /// What a clone is given when it has been restored, in this order.
@@ -97,12 +99,17 @@ pub(super) async fn make(
     config: &Config,
     machine: &Machine,
     plan: &Plan,
-    origin: Origin,
+    mut origin: Origin,
     (state, record): (&StateDir, &mut Record),
     watcher: Option<Watcher>,
 ) -> Result<Made, VmError> {
     state.write(record)?;
     let wall = wall(config, machine, plan, state, record)?;
+    // It takes longer than anything that follows, which has not to wait for it.
+    let filling = match &mut origin {
+        Origin::Clone { filler, .. } => Some(Process::fork(|| filler.fill(), &wall)?),
+        Origin::Boot | Origin::Template { .. } => None,
+    };
     let connected = match origin {
         Origin::Template { .. } => Connected::default(),
         Origin::Boot | Origin::Clone { .. } => connect(config, machine, &wall, state, record).await?,
@@ -120,7 +127,6 @@ pub(super) async fn make(
     let mut inherited = connected.inherited;
     let qmp = inherited.add(qmp_there);
     let console = inherited.add(console_there);
-    let mut first: Box<dyn FnMut() -> io::Result<()> + Send + Sync> = Box::new(|| Ok(()));
     let (mut wake, mut transfer) = (None, Transfer::None);
     let start = match origin {
         Origin::Boot => Start::Boot {
@@ -143,12 +149,7 @@ pub(super) async fn make(
                 wake: inherited.add(wake_port(&mut wake)?),
             }
         }
-        Origin::Clone {
-            memory,
-            mut filler,
-            state,
-        } => {
-            first = Box::new(move || filler.fill());
+        Origin::Clone { memory, state, .. } => {
             transfer = Transfer::From(inherited.add(in_memory(&state)?));
             Start::Clone {
                 memory: inherited.add(memory),
@@ -179,7 +180,7 @@ pub(super) async fn make(
     let console = Console::start(console, &state.console(), watcher).map_err(VmError::io("recording the console"))?;
     let arguments = arguments::arguments(machine, plan.acceleration, &descriptors);
     let begin = Instant::now();
-    let qemu = Arc::new(Process::start_after(first, &plan.qemu, &arguments, inherited.0, wall)?);
+    let qemu = Arc::new(Process::start(&plan.qemu, &arguments, inherited.0, wall)?);
     record.qemu = Some(qemu.id());
     state.write(record)?;
 
@@ -200,6 +201,7 @@ pub(super) async fn make(
         begin,
         wake,
         transfer,
+        filling,
         line: connected.line,
         devices: devices::plugged(machine, &descriptors.connections),
         network: connected.network,

@@ -20,7 +20,7 @@ use crate::{
     carriage::Carriage,
     config::{Config, Templates},
     machine::{Machine, Network},
-    process::ProcessError,
+    process::Process,
     sentence,
     template::{
         Key, Store, Template, TemplateError,
@@ -150,20 +150,6 @@ pub(super) fn give_up_on(store: &Store, key: &Key, error: &VmError, why: &str) {
     store.note_use(key, Some(why.to_owned()));
 }
 
-/// What is known of a failure when the process was still to fill the memory.
-pub(super) fn tell_damage(restore: Option<&Restore>) -> impl FnOnce(VmError) -> VmError {
-    let key = restore.map(|restore| restore.key.to_string());
-    move |error| match (error, key) {
-        (VmError::Process(ProcessError::Start { source, .. }), Some(key)) if memory::is_damage(&source) => {
-            VmError::Template(TemplateError::Damaged {
-                key,
-                problem: "its memory is not the one that was saved".to_owned(),
-            })
-        }
-        (error, _) => error,
-    }
-}
-
 /// What a clone still needs when its QEMU is there.
 pub(super) struct Restore {
     key: Key,
@@ -212,10 +198,11 @@ impl Restore {
             line,
             devices,
             transfer,
+            filling,
             begin,
             ..
         } = made;
-        let (Some(wake), Some(line), Transfer::From(state)) = (wake, line, transfer) else {
+        let (Some(wake), Some(line), Transfer::From(state), Some(filling)) = (wake, line, transfer, filling) else {
             return Err(VmError::NoTemplate("it has no port to be woken on".to_owned()));
         };
         let ready_port = line
@@ -224,6 +211,8 @@ impl Restore {
             .map_err(VmError::io("asking for the port of the agent's greeting"))?;
         let woken = async {
             qmp.leave_memory_out().await?;
+            // What the devices have left in memory is looked at when they are restored.
+            filled(filling, &self.key).await?;
             qmp.restore_from(format!("fd:{state}")).await?;
             qmp.transferred().await?;
             tracing::debug!(seconds = begin.elapsed().as_secs_f64(), "the clone is restored");
@@ -245,6 +234,28 @@ impl Restore {
         };
         watch.during(woken).await
     }
+}
+
+/// Waits until the memory is that of the template.
+async fn filled(filling: &Process, key: &Key) -> Result<(), VmError> {
+    let ended = filling.exited().await;
+    let failure = match ended.code() {
+        Some(0) => return Ok(()),
+        Some(number) => io::Error::from_raw_os_error(number),
+        None => io::Error::other(format!("the process that did it was ended: {ended}")),
+    };
+    Err(VmError::Template(if memory::is_damage(&failure) {
+        TemplateError::Damaged {
+            key: key.to_string(),
+            problem: "its memory is not the one that was saved".to_owned(),
+        }
+    } else {
+        TemplateError::Io {
+            what: "copying the memory of the template",
+            path: key.as_str().into(),
+            source: failure,
+        }
+    }))
 }
 
 /// The length, 4 bytes, big-endian, and the message.

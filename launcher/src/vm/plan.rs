@@ -58,7 +58,7 @@ pub(super) async fn plan(config: &Config, machine: &Machine) -> Result<Plan, VmE
             path: config.agent_disk.clone(),
         });
     }
-    let (qemu, version) = program::find(&config.qemu).await?;
+    let (qemu, version) = program::find(&config.qemu, &config.state_dir).await?;
     let (acceleration, reason) = accel::choose(machine.acceleration, &config.state_dir).await?;
     let groups = match acceleration {
         Acceleration::Kvm => accel::kvm_group().map_err(VmError::Kvm)?.into_iter().collect(),

@@ -29,7 +29,7 @@ pub(crate) async fn check(config: &Config, path: Option<&Path>) -> anyhow::Resul
         ("acceleration", acceleration(config).await),
         (
             "qemu",
-            qemu::program::find(&config.qemu)
+            qemu::program::find(&config.qemu, &config.state_dir)
                 .await
                 .map(version)
                 .map_err(|error| sentence(&error)),
