@@ -132,10 +132,11 @@ impl Sealed {
 pub struct Template {
     folder: PathBuf,
     pub manifest: Manifest,
-    pub(crate) map: Map,
-    pub(crate) data: File,
+    /// What of its memory is kept, and where that belongs.
+    pub map: Map,
+    pub data: File,
     /// The state of its devices, as QEMU wrote it.
-    pub(crate) state: Vec<u8>,
+    pub state: Vec<u8>,
 }
 
 impl Template {

@@ -16,11 +16,15 @@ use tempfile::TempDir;
 
 use crate::artifacts;
 
+mod clone;
+
+pub use clone::BareClone;
+
 /// QEMU's arguments, copied from a running machine, with files in place of its open descriptors.
 #[derive(Debug)]
 pub struct Bare {
     program: String,
-    arguments: Vec<(String, Option<String>)>,
+    arguments: Options,
     folder: TempDir,
 }
 
@@ -28,19 +32,13 @@ impl Bare {
     /// Copies the machine of a running QEMU.
     pub fn like(qemu: Pid) -> Result<Self> {
         let folder = tempfile::tempdir().context("making a folder")?;
-        let command = fs::read(format!("/proc/{qemu}/cmdline")).context("reading QEMU's arguments")?;
-        let command = String::from_utf8(command).context("QEMU's arguments")?;
-        let mut words = command.trim_end_matches('\0').split('\0').map(str::to_owned).peekable();
-        let program = words.next().context("QEMU has no arguments")?;
-
+        let (program, all) = options(qemu)?;
         let mut arguments = Vec::new();
-        while let Some(option) = words.next() {
-            let value = words.next_if(|word| !word.starts_with('-'));
-            if !is_of_a_bare_machine(&option, value.as_deref().unwrap_or_default()) {
-                continue;
+        for (option, value) in all {
+            if is_of_a_bare_machine(&option, value.as_deref().unwrap_or_default()) {
+                let value = own_value(value.as_deref(), qemu, folder.path())?;
+                arguments.push((option, value));
             }
-            let value = value.map(|value| with_files(&value, qemu, folder.path())).transpose()?;
-            arguments.push((option, value));
         }
         let path = |file: &str| folder.path().join(file).display().to_string();
         arguments.push((
@@ -72,7 +70,6 @@ impl Bare {
         let greeting_socket = format!("{}_{READY_PORT}", socket.display());
         let _ = fs::remove_file(&greeting_socket);
         let listener = UnixListener::bind(&greeting_socket).context("listening for the agent")?;
-        listener.set_nonblocking(true)?;
 
         let begun = Instant::now();
         let device = self.folder.path().join("vsock-device");
@@ -94,32 +91,58 @@ impl Bare {
         }
         let mut qemu = Ended::spawn(&mut qemu)?;
 
-        loop {
-            match listener.accept() {
-                Ok((mut stream, _)) => {
-                    stream.set_nonblocking(false)?;
-                    stream.set_read_timeout(Some(bound))?;
-                    let mut greeting = [0; GREETING_MAX];
-                    let length = stream.read(&mut greeting).context("reading the agent's greeting")?;
-                    ensure!(
-                        greeting[..length].starts_with(GREETING.as_bytes()),
-                        "that was no greeting of the agent"
-                    );
-                    return Ok(begun.elapsed());
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                    ensure!(
-                        Instant::now() < deadline,
-                        "the bare machine does not come up within {} s",
-                        bound.as_secs()
-                    );
-                    if let Some(status) = qemu.0.try_wait()? {
-                        anyhow::bail!("the bare machine ended: {status}");
-                    }
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                Err(error) => return Err(error).context("waiting for the agent"),
+        greeted(&listener, deadline, || match qemu.0.try_wait()? {
+            Some(status) => bail!("the bare machine ended: {status}"),
+            None => Ok(()),
+        })?;
+        Ok(begun.elapsed())
+    }
+}
+
+/// Options of QEMU with their values.
+type Options = Vec<(String, Option<String>)>;
+
+/// QEMU's program, and its options.
+fn options(qemu: Pid) -> Result<(String, Options)> {
+    let command = fs::read(format!("/proc/{qemu}/cmdline")).context("reading QEMU's arguments")?;
+    let command = String::from_utf8(command).context("QEMU's arguments")?;
+    let mut words = command.trim_end_matches('\0').split('\0').map(str::to_owned).peekable();
+    let program = words.next().context("QEMU has no arguments")?;
+    let mut options = Vec::new();
+    while let Some(option) = words.next() {
+        options.push((option, words.next_if(|word| !word.starts_with('-'))));
+    }
+    Ok((program, options))
+}
+
+/// The value of an option for a QEMU by hand; None for one that has none.
+fn own_value(value: Option<&str>, qemu: Pid, folder: &Path) -> Result<Option<String>> {
+    value.map(|value| with_files(value, qemu, folder)).transpose()
+}
+
+/// Waits for the agent's greeting; `look` fails when there will be none.
+fn greeted(listener: &UnixListener, deadline: Instant, mut look: impl FnMut() -> Result<()>) -> Result<()> {
+    listener.set_nonblocking(true)?;
+    loop {
+        match listener.accept() {
+            Ok((mut stream, _)) => {
+                stream.set_nonblocking(false)?;
+                let left = deadline.saturating_duration_since(Instant::now());
+                stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+                let mut greeting = [0; GREETING_MAX];
+                let length = stream.read(&mut greeting).context("reading the agent's greeting")?;
+                ensure!(
+                    greeting[..length].starts_with(GREETING.as_bytes()),
+                    "that was no greeting of the agent"
+                );
+                return Ok(());
             }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                ensure!(Instant::now() < deadline, "the bare machine does not come up in time");
+                look()?;
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(error) => return Err(error).context("waiting for the agent"),
         }
     }
 }

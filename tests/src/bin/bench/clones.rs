@@ -5,12 +5,14 @@ use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use kubeception_tests::bare::BareClone;
 use kubeception_tests::cri::{COREOS_KVM, Cri, RUNC};
 use kubeception_tests::image::BUSYBOX;
 use kubeception_tests::leftovers::{Process, processes};
 use kubeception_tests::pod::{Container, Pod};
 
 use super::{BOOTED, Bench, MB, new_processes};
+use crate::goals::bar;
 use crate::table::{Samples, Table};
 
 /// Clones whose memory is measured, and those that are asked for at once.
@@ -33,27 +35,38 @@ impl Bench<'_> {
     pub(super) fn clones(&self, table: &mut Table) -> Result<()> {
         // The first makes its template.
         self.one_pod(COREOS_KVM, "template", &mut Steps::default())?;
+        let bare = self.bare_clone()?;
+        let mut bares = Samples::default();
         let [mut clones, mut boots, mut runc] = [(); 3].map(|()| Steps::default());
         for run in 1..=self.arguments.runs {
             eprintln!("clone, boot and runc {run} of {}", self.arguments.runs);
             self.one_pod(COREOS_KVM, "clone", &mut clones)?;
+            bares.add(bare.start(OUTPUT)?.as_secs_f64());
             self.one_pod(BOOTED, "boot", &mut boots)?;
             self.one_pod(RUNC, "runc", &mut runc)?;
         }
+        table.ratio(
+            "clone_pod_over_bare",
+            "clone: RunPodSandbox to ready, over bare QEMU's clone to the agent",
+            &clones.ready,
+            &bares,
+            bar("clone_pod_over_bare").unwrap_or_default(),
+        );
+        table.samples("clone_bare_s", "bare QEMU's clone to the agent", "s", &bares, None);
         let what = "clone: RunPodSandbox, create, start to first output, over ";
         table.ratio(
             "clone_over_runc",
             &format!("{what}runc"),
             &clones.output,
             &runc.output,
-            4.0,
+            bar("clone_over_runc").unwrap_or_default(),
         );
         table.ratio(
             "clone_over_cold",
             &format!("{what}a boot"),
             &clones.output,
             &boots.output,
-            0.12,
+            bar("clone_over_cold").unwrap_or_default(),
         );
         table.samples("clone_pod_s", "clone: RunPodSandbox to ready", "s", &clones.ready, None);
         table.samples("clone_output_s", "clone: to first output", "s", &clones.output, None);
@@ -66,10 +79,25 @@ impl Bench<'_> {
             "clone removed, everything freed",
             "ms",
             &removed,
-            Some(500.0),
+            bar("remove_ms"),
         );
         self.at_once(table, &clones.ready)?;
         self.idle(table)
+    }
+
+    /// A clone like those of pods, by hand.
+    fn bare_clone(&self) -> Result<BareClone> {
+        let before = processes(self.node)?;
+        let pod = Pod::new(self.node.place(), "like");
+        let id = self.cri.run_pod(&pod, COREOS_KVM)?;
+        let qemu = new_processes(self.node, &before)?
+            .into_iter()
+            .find(|process| process.command.contains("qemu-system"))
+            .context("the pod has no QEMU")?;
+        let bare = BareClone::like(qemu.pid);
+        self.cri.stop_pod(&id)?;
+        self.cri.remove_pod(&id)?;
+        bare
     }
 
     fn one_pod(&self, handler: &str, name: &str, steps: &mut Steps) -> Result<()> {
@@ -114,7 +142,8 @@ impl Bench<'_> {
             self.remove(&ids)?;
         }
         let what = format!("{AT_ONCE} clones at once until the last is ready, over one");
-        table.ratio("clones10_over_one", &what, &all, one, 10.0);
+        let goal = bar("clones10_over_one").unwrap_or_default();
+        table.ratio("clones10_over_one", &what, &all, one, goal);
         table.samples("clones10_s", "the same, in seconds", "s", &all, None);
         Ok(())
     }
@@ -168,7 +197,7 @@ impl Bench<'_> {
         let pod = |bytes: f64| bytes / f64::from(IDLE) / MB;
         let all = pod(parts.guest + parts.qemu + parts.others);
         let what = format!("{IDLE} idle clones by copy: memory of the host, each");
-        table.figure("clone_copy_mb", &what, "MB", all, Some(150.0));
+        table.figure("clone_copy_mb", &what, "MB", all, bar("clone_copy_mb"));
         table.figure("clone_guest_mb", "of it the guest's", "MB", pod(parts.guest), None);
         table.figure("clone_qemu_mb", "of it QEMU's own", "MB", pod(parts.qemu), None);
         table.figure(

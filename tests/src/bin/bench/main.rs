@@ -1,16 +1,18 @@
 //! Measures what a pod costs, as ratios of things measured in the same run, and shows a table.
 //!
 //! - [`clones`]: pods whose machines are clones of templates
+//! - [`goals`]: what they are to cost, and the chart of what they do
 //! - [`library`]: what the translation of configurations costs
 //! - [`table`]: samples and figures
 
 mod clones;
+mod goals;
 mod library;
 mod table;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -38,6 +40,9 @@ struct Arguments {
     /// Writes the figures as one flat JSON object
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Draws the figures of clones that a file of `--json` has into this file (SVG), and measures nothing
+    #[arg(long, requires = "json")]
+    chart: Option<PathBuf>,
     /// How often each boot is measured
     #[arg(long, default_value_t = 3)]
     runs: u32,
@@ -50,9 +55,27 @@ struct Arguments {
     /// How often each translation of a configuration is measured
     #[arg(long, default_value_t = 31)]
     translations: u32,
-    /// Measures the translation of configurations alone
+    /// Measures one part alone
     #[arg(long)]
-    library: bool,
+    only: Option<Part>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// The translation of configurations
+    Library,
+    /// Pods that boot
+    Boots,
+    /// Pods that are clones
+    Clones,
+    /// A running pod
+    Pod,
+}
+
+impl Arguments {
+    fn measure(&self, part: Part) -> bool {
+        self.only.is_none_or(|only| only == part)
+    }
 }
 
 fn main() -> ExitCode {
@@ -67,13 +90,18 @@ fn main() -> ExitCode {
 }
 
 fn measure(arguments: &Arguments) -> Result<()> {
+    if let (Some(chart), Some(json)) = (&arguments.chart, &arguments.json) {
+        return draw(json, chart);
+    }
     ensure!(
         arguments.runs > 0 && arguments.execs > 0 && arguments.translations > 0,
         "nothing is measured in 0 runs"
     );
     let mut table = Table::default();
-    library::measure(&mut table, arguments.translations)?;
-    if !arguments.library {
+    if arguments.measure(Part::Library) {
+        library::measure(&mut table, arguments.translations)?;
+    }
+    if arguments.only != Some(Part::Library) {
         let booted = Handler::variant(BOOTED).set("templates", "\"off\"");
         let node = Node::start("bench", arguments.containerd, &[Handler::standard(), booted])?;
         let bench = Bench {
@@ -81,15 +109,27 @@ fn measure(arguments: &Arguments) -> Result<()> {
             node: &node,
             arguments,
         };
-        bench.boots(&mut table)?;
-        bench.clones(&mut table)?;
-        bench.running_pod(&mut table)?;
+        if arguments.measure(Part::Boots) {
+            bench.boots(&mut table)?;
+        }
+        if arguments.measure(Part::Clones) {
+            bench.clones(&mut table)?;
+        }
+        if arguments.measure(Part::Pod) {
+            bench.running_pod(&mut table)?;
+        }
     }
     table.print();
     if let Some(path) = &arguments.json {
         fs::write(path, format!("{:#}\n", table.json())).with_context(|| format!("writing {}", path.display()))?;
     }
     Ok(())
+}
+
+fn draw(json: &Path, chart: &Path) -> Result<()> {
+    let text = fs::read(json).with_context(|| format!("reading {}", json.display()))?;
+    let figures = serde_json::from_slice(&text).with_context(|| format!("reading {}", json.display()))?;
+    fs::write(chart, goals::chart(&figures)?).with_context(|| format!("writing {}", chart.display()))
 }
 
 struct Bench<'a> {
