@@ -245,16 +245,21 @@ impl Started {
     }
 }
 
-/// Fails where the pod's machine has come to run in another way.
-pub(crate) fn expect_start(place: &Place, id: &str, expected: Start) -> Result<()> {
+/// How the pod's machine has come to run, as its record has it.
+pub(crate) fn origin(place: &Place, id: &str) -> Result<serde_json::Value> {
     let path = place.pods().join(id).join("machine.json");
     let record = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-    let record: serde_json::Value = serde_json::from_slice(&record)?;
+    let mut record: serde_json::Value = serde_json::from_slice(&record)?;
+    Ok(record["origin"].take())
+}
+
+/// Fails where the pod's machine has come to run in another way.
+pub(crate) fn expect_start(place: &Place, id: &str, expected: Start) -> Result<()> {
+    let origin = origin(place, id)?;
     let from = match expected {
         Start::Clone => "clone",
         Start::Boot => "boot",
     };
-    let origin = &record["origin"];
     ensure!(
         origin["from"] == from,
         "a {from} was expected, and the machine's origin is {origin}"

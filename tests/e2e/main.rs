@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use kubeception_tests::artifacts::Containerd;
-use kubeception_tests::node::{Handler, init};
+use kubeception_tests::node::init;
 use libtest_mimic::{Arguments, Trial};
 
 mod alone;
 mod bad_input;
+mod clones;
 mod container;
 mod death;
 mod events;
@@ -55,6 +56,7 @@ fn run() -> Result<ExitCode> {
             Containerd::V2_1 => {
                 trials.extend(death::further_trials(&lab));
                 trials.extend(many::trials(&lab));
+                trials.extend(clones::trials(&lab));
             }
         }
         labs.push(lab);
