@@ -9,6 +9,7 @@
 mod key;
 pub mod memory;
 mod store;
+mod uses;
 
 use std::{
     fs::File,
@@ -21,7 +22,8 @@ use serde::{Deserialize, Serialize};
 
 pub use key::Key;
 pub(crate) use store::Content;
-pub use store::{Draft, Entry, Lock, Store, Uses};
+pub use store::{Draft, Entry, Lock, Store};
+pub use uses::Uses;
 
 use crate::accel::Acceleration;
 use memory::Map;

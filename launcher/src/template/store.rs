@@ -6,22 +6,18 @@ use std::{
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
-use nix::fcntl::{Flock, FlockArg};
-use serde::{Deserialize, Serialize};
-
-use super::{DATA, Key, MANIFEST, MAP, Manifest, STATE, Sealed, Template, TemplateError, memory::Map, ours_alone};
+use super::{
+    DATA, Key, MANIFEST, MAP, Manifest, STATE, Sealed, Template, TemplateError, Uses, memory::Map, ours_alone,
+};
 use crate::state::{read_bounded, remove_tree, write_atomically};
+use nix::fcntl::{Flock, FlockArg};
 
 const USES: &str = "uses";
 const UNFINISHED: &str = "partial";
 const LOCK: &str = "lock";
-
-/// Clones of one template that may fail one after the other before it is left alone, and for how long: each costs its machine time.
-const FAILURES_MAX: u32 = 3;
-const LEFT_ALONE: Duration = Duration::from_secs(3600);
 
 /// All templates of the node.
 #[derive(Debug, Clone)]
@@ -39,41 +35,6 @@ pub struct Entry {
     pub manifest: Result<Manifest, TemplateError>,
     pub uses: Uses,
     pub last_used: SystemTime,
-}
-
-/// What became of a template's clones.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Uses {
-    /// Clones that came up.
-    pub clones: u64,
-    /// Those that did not, and whose machines booted instead.
-    pub failures: u64,
-    /// How many of these since the last that came up.
-    pub failures_in_a_row: u32,
-    /// Why the last one did not, and when that was, in seconds since the epoch.
-    pub last_failure: Option<String>,
-    pub last_failure_at: u64,
-}
-
-impl Uses {
-    /// Why the template is not used now; None where it may be.
-    pub(crate) fn left_alone(&self) -> Option<String> {
-        let since = Duration::from_secs(now().saturating_sub(self.last_failure_at));
-        if self.failures_in_a_row < FAILURES_MAX || since > LEFT_ALONE {
-            return None;
-        }
-        Some(format!(
-            "the last {} attempts with its template failed, the last one {} min ago ({}); `coreos-kvm template build` makes a new one",
-            self.failures_in_a_row,
-            since.as_secs() / 60,
-            self.last_failure.as_deref().unwrap_or("it is not known why")
-        ))
-    }
-}
-
-fn now() -> u64 {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    now.unwrap_or_default().as_secs()
 }
 
 /// The right to make the template of one key. Given back when dropped.
@@ -236,18 +197,7 @@ impl Store {
 
     /// Notes what became of an attempt to clone: None, it came up; else why it did not.
     pub fn note_use(&self, key: &Key, failure: Option<String>) {
-        self.change_uses(key, |uses| match failure {
-            None => {
-                uses.clones += 1;
-                uses.failures_in_a_row = 0;
-            }
-            Some(why) => {
-                uses.failures += 1;
-                uses.failures_in_a_row += 1;
-                uses.last_failure = Some(why);
-                uses.last_failure_at = now();
-            }
-        });
+        self.change_uses(key, |uses| uses.note(failure));
     }
 
     /// Begins anew with a template that was left alone.
@@ -581,7 +531,7 @@ mod tests {
         let past = |text: &str, seconds| {
             let folder = File::open(root.path().join("templates").join(text)).unwrap();
             folder
-                .set_modified(SystemTime::now() - Duration::from_secs(seconds))
+                .set_modified(SystemTime::now() - std::time::Duration::from_secs(seconds))
                 .unwrap();
         };
         past(&keys[0], 100);
