@@ -8,12 +8,13 @@
 //! - [`cgroup`], [`stats`]: the containers' cgroups and what they say; [`passwd`] and [`workdir`]: their users' homes
 //!   and the folders they start in
 //! - [`mounts`], [`network`], [`identity`]: making the guest the pod's
-//! - [`template`], [`quiet`], [`rehearsal`]: being saved, and waking up as another machine
+//! - [`template`], [`quiet`], [`free_memory`], [`rehearsal`]: being saved, and waking up as another machine
 //! - [`greeting`]: telling the host that all this is there
 
 mod cgroup;
 mod containers;
 mod error;
+mod free_memory;
 mod greeting;
 mod identity;
 mod mounts;
@@ -56,11 +57,21 @@ fn main() -> Result<()> {
     let zygote = unsafe { runtime::zygote::start() }.context("starting the zygote")?;
     // The zygote has no log: what it forks has a container's streams.
     start_logging();
-    tokio::runtime::Builder::new_current_thread()
+    let served = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting the runtime")?
-        .block_on(serve(zygote))
+        .block_on(serve(zygote));
+    if let Err(error) = &served {
+        last_words(error);
+    }
+    served
+}
+
+/// The guest ends with its agent, and its journal with it: why is said on the console, which the host keeps.
+fn last_words(error: &anyhow::Error) {
+    // Critical, for consoles show no less: syslog(2). Nobody is left to hear that this failed.
+    let _ = std::fs::write("/dev/kmsg", format!("<2>coreos-kvm-agent: {error:#}"));
 }
 
 async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {

@@ -1,22 +1,15 @@
-//! A guest that is about to be saved: nothing in it is under way, what it will need is loaded, and memory that nobody uses is
-//! zero, for zeros are not stored. And what is made up for when it has become a clone.
+//! A guest that is about to be saved: nothing in it is under way, and what it will need is loaded. And what is made up for when it
+//! has become a clone.
 
 use std::{
     fs, io,
-    num::NonZeroUsize,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use nix::{
-    sys::{
-        mman::{MapFlags, ProtFlags, mmap_anonymous, munmap},
-        stat::Mode,
-    },
-    unistd::mkfifo,
-};
+use nix::{sys::stat::Mode, unistd::mkfifo};
 use tokio::time::{Instant, sleep};
 
 use crate::template::Kind;
@@ -43,9 +36,6 @@ fn gate_drop_in(service: &str) -> PathBuf {
 const JOURNALS: [&str; 2] = ["/run/log/journal", "/var/log/journal"];
 /// A guest that this marks holds back what only a machine of its own may do, such as making keys.
 const MARK: &str = "/run/coreos-kvm/template";
-
-/// Free memory that is left as it is, lest the kernel write back or drop what is still of use, in KiB.
-const RESERVE_KIB: usize = 4 * 1024;
 
 /// Loads the drivers, so that a device that appears has its driver at once.
 pub(crate) fn load_drivers() -> Result<()> {
@@ -119,42 +109,6 @@ pub(crate) fn rename_journals(old: &str, new: &str) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Drops what the kernel only keeps to be faster, and makes free memory zero.
-pub(crate) fn free_memory() -> Result<()> {
-    nix::unistd::sync();
-    // Two rounds: the first frees what holds on to more.
-    for _ in 0..2 {
-        fs::write("/proc/sys/vm/drop_caches", "3").context("dropping caches")?;
-        zero_free_memory()?;
-    }
-    let _ = fs::write("/proc/sys/vm/compact_memory", "1");
-    Ok(())
-}
-
-/// Takes all free memory, which the kernel clears page by page, and gives it back.
-fn zero_free_memory() -> Result<()> {
-    let text = fs::read_to_string("/proc/meminfo").context("asking for the free memory")?;
-    let free = text
-        .lines()
-        .find_map(|line| {
-            line.strip_prefix("MemFree:")?
-                .trim()
-                .strip_suffix(" kB")?
-                .parse::<usize>()
-                .ok()
-        })
-        .context("/proc/meminfo does not tell the free memory")?;
-    let Some(length) = NonZeroUsize::new(free.saturating_sub(RESERVE_KIB) * 1024) else {
-        return Ok(());
-    };
-    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_POPULATE;
-    // SAFETY: a new mapping where the kernel likes, which nobody knows of.
-    let mapping = unsafe { mmap_anonymous(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags) };
-    let mapping = mapping.context("taking the free memory")?;
-    // SAFETY: the mapping of the line before.
-    unsafe { munmap(mapping, length.get()) }.context("giving the free memory back")
 }
 
 /// Has the kernel look for devices: those that came while the machine was asleep.

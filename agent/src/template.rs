@@ -22,7 +22,7 @@ use nix::{
 use protobuf::Message;
 use tokio::io::unix::AsyncFd;
 
-use crate::{containers::Containers, greeting::kernel_argument, identity, quiet, rehearsal::rehearse};
+use crate::{containers::Containers, free_memory, greeting::kernel_argument, identity, quiet, rehearsal::rehearse};
 
 /// What a clone does after its containers have begun to start waits so long.
 const LATER: Duration = Duration::from_secs(2);
@@ -79,7 +79,7 @@ impl Template {
             ..Default::default()
         };
         let template = template.machine_name();
-        quiet::free_memory()?;
+        free_memory::clear()?;
         rehearse(containers).await.context("rehearsing a clone's start")?;
         let others = containers.set_others_aside();
         port.send(&ready.write_to_bytes()?)
