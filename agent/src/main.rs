@@ -7,7 +7,7 @@
 //! - [`streams`]: the connections that carry stdin, stdout and stderr
 //! - [`cgroup`], [`stats`]: the containers' cgroups and what they say; [`passwd`] and [`workdir`]: their users' homes
 //!   and the folders they start in
-//! - [`mounts`], [`network`], [`identity`]: making the guest the pod's
+//! - [`mounts`], [`network`], [`identity`], [`size`]: making the guest the pod's
 //! - [`template`], [`quiet`], [`free_memory`], [`rehearsal`]: being saved, and waking up as another machine
 //! - [`greeting`]: telling the host that all this is there
 
@@ -26,6 +26,7 @@ mod reaper;
 mod rehearsal;
 mod runtime;
 mod service;
+mod size;
 mod stats;
 mod streams;
 mod template;

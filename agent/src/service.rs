@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use coreos_kvm_proto::{PROTOCOL, agent as proto, agent_ttrpc::Agent};
 use ttrpc::r#async::TtrpcContext;
 
-use crate::{containers::Containers, error::AgentError, identity, mounts, network, reaper::Exit, stats};
+use crate::{containers::Containers, error::AgentError, identity, mounts, network, reaper::Exit, size, stats};
 
 pub(crate) struct Service {
     containers: Arc<Containers>,
@@ -80,6 +80,10 @@ impl Agent for Service {
         request: proto::ConfigureNetworkRequest,
     ) -> Answer<proto::Empty> {
         empty(network::configure(&request).await)
+    }
+
+    async fn take_size(&self, _: &TtrpcContext, request: proto::TakeSizeRequest) -> Answer<proto::Empty> {
+        empty(size::take(request.vcpus, request.memory_mib).await)
     }
 
     async fn create_container(

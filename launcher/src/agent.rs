@@ -145,6 +145,20 @@ impl AgentClient {
         .map(drop)
     }
 
+    /// Has the guest use so many processors and so much memory as it has been given.
+    pub async fn take_size(&self, vcpus: u32, memory_mib: u64) -> Result<(), AgentError> {
+        let request = proto::TakeSizeRequest {
+            vcpus,
+            memory_mib,
+            ..Default::default()
+        };
+        self.call("use what it has been given", LONG, async |rpc, context| {
+            rpc.take_size(context, &request).await
+        })
+        .await
+        .map(drop)
+    }
+
     /// Creates a container from its OCI specification (JSON, with the guest's paths). Answers the init's pid in the guest.
     pub async fn create_container(&self, id: &str, spec: Vec<u8>, streams: Streams) -> Result<u32, AgentError> {
         let request = proto::CreateContainerRequest {

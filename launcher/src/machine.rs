@@ -64,6 +64,8 @@ pub struct Machine {
     pub vcpus: u32,
     /// Guest memory in MiB, at least the guest's minimum.
     pub memory_mib: u64,
+    /// What it can be given while it runs; none for a machine whose size stays.
+    pub growth: Option<Growth>,
     /// How QEMU is to run the guest's instructions.
     pub acceleration: AccelerationChoice,
     /// The user's configuration, in whatever language, not yet merged with what the agent needs.
@@ -82,6 +84,23 @@ pub struct Machine {
     pub boot_timeout: Duration,
     /// Whether it may be a clone of a template that it shares with all machines of the same guest, size and configuration.
     pub cloneable: bool,
+}
+
+/// The largest size that a running machine can be given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Growth {
+    pub vcpus: u32,
+    pub memory_mib: u64,
+}
+
+impl Growth {
+    /// That of a machine of `vcpus` processors where no machine has more than these maxima.
+    pub fn within(vcpus: u32, max_vcpus: u32, max_memory_mib: u64) -> Self {
+        Self {
+            vcpus: vcpus.max(GROWTH_VCPUS).min(max_vcpus),
+            memory_mib: max_memory_mib,
+        }
+    }
 }
 
 /// A configuration as a user wrote it.
@@ -124,6 +143,9 @@ pub enum MachineError {
     #[error("the kernel arguments have {length} bytes; at most {KERNEL_ARGUMENTS_MAX} reach the kernel")]
     KernelArguments { length: usize },
 }
+
+/// To how many processors a smaller machine can grow. The guest prepares for each of them when it boots, and for many that takes long.
+const GROWTH_VCPUS: u32 = 8;
 
 /// Processors of a machine at most; QEMU's q35 takes 288.
 pub const VCPUS_MAX: u32 = 256;
@@ -263,6 +285,7 @@ pub(crate) mod tests {
             },
             vcpus: 1,
             memory_mib: 512,
+            growth: None,
             acceleration: AccelerationChoice::Auto,
             configuration: None,
             hostname: None,

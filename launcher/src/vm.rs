@@ -23,11 +23,13 @@ mod clone;
 mod error;
 mod plan;
 mod remains;
+mod resize;
 mod save;
 mod watch;
 
 pub use error::VmError;
 pub use remains::{DestroyError, destroy};
+pub use resize::{MachineSize, ResizeError};
 pub use save::{make_template, template_key};
 
 /// A running machine. Dropping it kills it; [`Vm::shutdown`] ends it in order and waits.
@@ -42,6 +44,8 @@ pub struct Vm {
     exit: channel::Receiver<Option<VmExit>>,
     supervisor: JoinHandle<()>,
     freed: tokio::sync::Mutex<bool>,
+    /// Held while the size is changed.
+    sizes: tokio::sync::Mutex<resize::Sizes>,
 }
 
 /// How a machine ended.

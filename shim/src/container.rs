@@ -15,7 +15,7 @@ use containerd_shim_protos::{
     events::task::{TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart},
 };
 use coreos_kvm_launcher::agent::AgentError;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use protobuf::MessageField;
 use tokio::time::{Instant, timeout};
 
@@ -24,6 +24,7 @@ use crate::{
     events::Events,
     guestspec,
     hypervisor::RunningMachine,
+    limits::Limits,
     podspec::Role,
     process::{Exit, KILLED, Process, State},
     rootfs::ContainerFiles,
@@ -54,6 +55,7 @@ pub(crate) struct Container {
     files: Mutex<Option<ContainerFiles>>,
     paused: AtomicBool,
     killed: AtomicBool,
+    limits: Mutex<Limits>,
 }
 
 /// What containerd wants to have created.
@@ -78,6 +80,7 @@ impl Container {
     ) -> Result<Arc<Self>, ShimError> {
         let stdio = wanted.stdio.open().await?;
         let init = Process::new(wanted.id, "", wanted.stdio);
+        let limits = Limits::of(&wanted.spec);
         let mut files = None;
         if wanted.role != Role::Sandbox {
             let root = root_of(wanted.bundle, &wanted.spec);
@@ -114,6 +117,7 @@ impl Container {
             files: Mutex::new(files),
             paused: AtomicBool::new(false),
             killed: AtomicBool::new(false),
+            limits: Mutex::new(limits),
         });
         if container.role != Role::Sandbox {
             container.watch(container.init.clone());
@@ -428,15 +432,23 @@ impl Container {
         Ok(())
     }
 
-    /// Changes limits: the OCI specification's `linux.resources` as JSON.
-    pub(crate) async fn update(&self, resources: &[u8]) -> Result<(), ShimError> {
-        if self.role == Role::Sandbox {
-            return Err(ShimError::Unimplemented(
-                "the size of a running machine cannot be changed yet".to_owned(),
-            ));
+    /// What it may use. Nothing once it has ended.
+    pub(crate) fn limits(&self) -> Limits {
+        if self.init.has_stopped() {
+            return Limits::default();
         }
-        let resources = guestspec::resources(resources)?;
-        Ok(self.machine.agent().update_resources(&self.id, resources).await?)
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes what it may use. A sandbox runs nothing that could be limited.
+    pub(crate) async fn update(&self, resources: &LinuxResources) -> Result<(), ShimError> {
+        let limits = self.limits().changed(resources);
+        if self.role != Role::Sandbox {
+            let resources = guestspec::resources(resources)?;
+            self.machine.agent().update_resources(&self.id, resources).await?;
+        }
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
+        Ok(())
     }
 
     /// Forgets a process that has ended or never ran. With the init go the container's files, and with a sandbox or a container

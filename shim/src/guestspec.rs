@@ -148,14 +148,12 @@ fn without_numbers(cpu: &LinuxCpu) -> LinuxCpu {
     cpu
 }
 
-/// The limits of `UpdateTaskRequest`, JSON of the OCI specification's `linux.resources`, as they are inside.
+/// The changed limits of a container, as they are inside: JSON of the OCI specification's `linux.resources`.
 ///
 /// # Errors
-/// When it is no such JSON.
-pub(crate) fn resources(json: &[u8]) -> Result<Vec<u8>, ShimError> {
-    let resources: LinuxResources = serde_json::from_slice(json)
-        .map_err(|error| ShimError::InvalidArgument(format!("the limits cannot be read: {error}")))?;
-    serde_json::to_vec(&adapt_resources(&resources)).map_err(ShimError::while_doing("writing the limits"))
+/// None that is known of.
+pub(crate) fn resources(resources: &LinuxResources) -> Result<Vec<u8>, ShimError> {
+    serde_json::to_vec(&adapt_resources(resources)).map_err(ShimError::while_doing("writing the limits"))
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use coreos_kvm_launcher::{
     agent::AgentClient,
     config::Config,
     machine::Machine,
-    vm::{Vm, VmError, VmExit},
+    vm::{MachineSize, ResizeError, Vm, VmError, VmExit},
 };
 
 use crate::{
@@ -40,6 +40,9 @@ pub(crate) trait RunningMachine: Send + Sync {
     async fn shutdown(&self, grace: Duration) -> Result<(), ShimError>;
     async fn pause(&self) -> Result<(), ShimError>;
     async fn resume(&self) -> Result<(), ShimError>;
+    async fn size(&self) -> MachineSize;
+    /// Gives the machine another size, see [`Vm::resize`].
+    async fn resize(&self, wanted: MachineSize) -> Result<(), ShimError>;
 }
 
 /// QEMU.
@@ -99,5 +102,22 @@ impl RunningMachine for Vm {
         Vm::resume(self)
             .await
             .map_err(ShimError::while_doing("letting the machine go on"))
+    }
+
+    async fn size(&self) -> MachineSize {
+        Vm::size(self).await
+    }
+
+    async fn resize(&self, wanted: MachineSize) -> Result<(), ShimError> {
+        match Vm::resize(self, wanted).await {
+            Ok(_) => Ok(()),
+            Err(error @ (ResizeError::Processors { .. } | ResizeError::Memory { .. })) => {
+                Err(ShimError::invalid(error))
+            }
+            Err(error @ (ResizeError::Fixed | ResizeError::NoPlace)) => {
+                Err(ShimError::FailedPrecondition(sentence(&error)))
+            }
+            Err(error) => Err(ShimError::Internal(sentence(&error))),
+        }
     }
 }

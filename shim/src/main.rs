@@ -24,6 +24,7 @@ mod events;
 mod guestspec;
 mod hypervisor;
 mod info;
+mod limits;
 mod logging;
 mod metrics;
 mod options;

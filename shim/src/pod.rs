@@ -11,8 +11,8 @@ use containerd_shim_protos::{
     api::CreateTaskRequest,
     events::task::{TaskCreate, TaskIO},
 };
-use coreos_kvm_launcher::{config::Config, state::ProcessId};
-use oci_spec::runtime::Spec;
+use coreos_kvm_launcher::{config::Config, state::ProcessId, vm::MachineSize};
+use oci_spec::runtime::{LinuxResources, Spec};
 use protobuf::MessageField;
 use tokio_util::sync::CancellationToken;
 
@@ -23,6 +23,7 @@ use crate::{
     error::ShimError,
     events::Events,
     hypervisor::{Hypervisor, RunningMachine},
+    limits::Limits,
     logging, options,
     podspec::{self, Role},
     process::{Exit, KILLED},
@@ -35,6 +36,8 @@ pub(crate) struct Pod {
     containerd: Option<Containerd>,
     events: Events,
     contents: Mutex<Contents>,
+    /// Held while limits are changed, and the machine's size with them.
+    resizing: tokio::sync::Mutex<()>,
     closing: CancellationToken,
 }
 
@@ -45,6 +48,8 @@ struct Contents {
     booting: Option<bundle::Record>,
     /// None: being created.
     containers: BTreeMap<String, Option<Arc<Container>>>,
+    /// Memory that the guest needs beside its containers.
+    guest_memory_overhead_mib: u64,
 }
 
 impl Pod {
@@ -55,6 +60,7 @@ impl Pod {
             containerd,
             events,
             contents: Mutex::default(),
+            resizing: tokio::sync::Mutex::default(),
             closing: CancellationToken::new(),
         }
     }
@@ -207,6 +213,7 @@ impl Pod {
         );
         let mut contents = self.contents();
         (contents.machine, contents.booting) = (Some(machine.clone()), None);
+        contents.guest_memory_overhead_mib = config.guest_memory_overhead_mib;
         Ok(machine)
     }
 
@@ -271,6 +278,52 @@ impl Pod {
             }
         }
         Ok((exit, container.pid()))
+    }
+
+    /// Changes a container's limits, and with them the size of the machine; those of a sandbox are the pod's. `resources` is the
+    /// OCI specification's `linux.resources` as JSON.
+    ///
+    /// # Errors
+    /// When the machine cannot become so large: the limits then stay.
+    pub(crate) async fn update(&self, id: &str, resources: &[u8]) -> Result<(), ShimError> {
+        let resources: LinuxResources = serde_json::from_slice(resources)
+            .map_err(|error| ShimError::InvalidArgument(format!("the limits cannot be read: {error}")))?;
+        let container = self.container(id)?;
+        let machine = container.machine();
+        let _alone = self.resizing.lock().await;
+        let wanted = self.size_with(&container, &resources);
+        let now = machine.size().await;
+        // What is allowed is there before, and taken away only when it is not allowed any more.
+        machine
+            .resize(MachineSize {
+                vcpus: wanted.vcpus.max(now.vcpus),
+                memory_mib: wanted.memory_mib.max(now.memory_mib),
+            })
+            .await?;
+        container.update(&resources).await?;
+        machine.resize(wanted).await
+    }
+
+    /// The size for all containers, one of them with changed limits.
+    fn size_with(&self, changed: &Arc<Container>, resources: &LinuxResources) -> MachineSize {
+        let contents = self.contents();
+        let containers = contents.containers.values().flatten();
+        let (sandboxes, members): (Vec<_>, Vec<_>) =
+            containers.partition(|container| container.role() == Role::Sandbox);
+        let size = |containers: Vec<&Arc<Container>>| {
+            let limits = containers
+                .into_iter()
+                .map(|container| match Arc::ptr_eq(container, changed) {
+                    true => container.limits().changed(resources),
+                    false => container.limits(),
+                });
+            Limits::size(limits, contents.guest_memory_overhead_mib)
+        };
+        let (pod, sum) = (size(sandboxes), size(members));
+        MachineSize {
+            vcpus: pod.vcpus.max(sum.vcpus),
+            memory_mib: pod.memory_mib.max(sum.memory_mib),
+        }
     }
 
     /// Closes the pod if nothing is in it; what is being created is given up.

@@ -7,7 +7,7 @@ use coreos_kvm_launcher::{
     cgroup,
     config::{ANNOTATIONS, Config, Templates},
     guest::Guest,
-    machine::{Configuration, Machine, Network},
+    machine::{Configuration, Growth, Machine, Network},
 };
 use coreos_kvm_proto::{SHARED_TAG, agent::ConfigureSandboxRequest};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
@@ -67,17 +67,19 @@ pub(crate) fn machine(id: &str, spec: &Spec, config: &Config) -> Result<Machine,
         .map(|path| cgroup::directory(&path.to_string_lossy()))
         .transpose()
         .map_err(ShimError::invalid)?;
+    let vcpus = match wishes.vcpus {
+        Some(vcpus) => vcpus,
+        None => vcpus_of(spec, config)?,
+    };
     Ok(Machine {
         id: id.parse().map_err(ShimError::invalid)?,
         guest: Guest::load(&config.guests_dir, wishes.guest.unwrap_or(&config.guest)).map_err(ShimError::invalid)?,
-        vcpus: match wishes.vcpus {
-            Some(vcpus) => vcpus,
-            None => vcpus_of(spec, config)?,
-        },
+        vcpus,
         memory_mib: match wishes.memory_mib {
             Some(memory) => memory,
             None => memory_of(spec, config)?,
         },
+        growth: Some(Growth::within(vcpus, config.max_vcpus, config.max_memory_mib)),
         acceleration: config.acceleration,
         configuration: wishes.configuration,
         hostname: spec.hostname().clone(),

@@ -185,7 +185,7 @@ impl Task for Service {
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
         let resources = request.resources.into_option().unwrap_or_default().value;
-        self.pod.container(&request.id)?.update(&resources).await?;
+        self.pod.update(&request.id, &resources).await?;
         Ok(Empty::default())
     }
 

@@ -27,6 +27,14 @@ const TCG_TRANSLATION_MIB: u32 = 64;
 /// then take them for new.
 const ALONE_WITH_PORTS: &str = "pcie_ports=compat";
 
+/// How often a machine's memory can grow. The kernel looks at each slot when it boots.
+pub const MEMORY_SLOTS: usize = 8;
+
+/// Size of the blocks in which the guest's kernel takes memory, in MiB: `probe_memory_block_size` in arch/x86/mm/init_64.c.
+pub fn block_mib(machine: &Machine) -> u64 {
+    if machine.memory_mib < 64 << 10 { 128 } else { 2 << 10 }
+}
+
 /// What is one QEMU's own: its open descriptors, by the numbers that they have in its process, and its port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Descriptors {
@@ -146,13 +154,29 @@ fn platform(line: &mut Line, machine: &Machine, acceleration: Acceleration) {
             line.add("cpu", TCG_CPU);
         }
     }
-    line.add("smp", format!("cpus={}", machine.vcpus));
+    let most = machine
+        .growth
+        .map_or(machine.vcpus, |growth| growth.vcpus.max(machine.vcpus));
+    let maxcpus = if most > machine.vcpus {
+        format!(",maxcpus={most}")
+    } else {
+        String::new()
+    };
+    line.add("smp", format!("cpus={}{maxcpus}", machine.vcpus));
 }
 
 /// The guest's memory. Shared, for virtiofsd and vhost-device-vsock read and write it.
 fn memory(line: &mut Line, machine: &Machine, start: &Start) {
     let size = machine.memory_mib;
-    line.add("m", format!("size={size}M"));
+    let most = machine.growth.map_or(size, |growth| growth.memory_mib);
+    let growth = if most > size {
+        // Modules have the size of the guest's blocks of memory, or some of them.
+        let most = size + (most - size).next_multiple_of(block_mib(machine));
+        format!(",slots={MEMORY_SLOTS},maxmem={most}M")
+    } else {
+        String::new()
+    };
+    line.add("m", format!("size={size}M{growth}"));
     let backend = match start {
         Start::Boot { .. } => format!("memory-backend-memfd,id=memory,size={size}M,share=on"),
         Start::Template { memory, .. } | Start::Clone { memory, .. } => {
@@ -292,7 +316,7 @@ mod tests {
     use crate::{
         disk::Disk,
         guest::DiskFormat,
-        machine::{Configuration, tests::machine},
+        machine::{Configuration, Growth, tests::machine},
         size::Size,
     };
 
@@ -386,6 +410,20 @@ mod tests {
             ..descriptors()
         };
         insta::assert_snapshot!(lines(&machine, Acceleration::Tcg, &descriptors));
+    }
+
+    #[test]
+    fn a_machine_that_can_grow_has_room_for_it() {
+        let machine = Machine {
+            growth: Some(Growth {
+                vcpus: 8,
+                memory_mib: 2000,
+            }),
+            ..machine()
+        };
+        let lines = lines(&machine, Acceleration::Kvm, &descriptors());
+        assert!(lines.contains("-smp cpus=1,maxcpus=8"), "{lines}");
+        assert!(lines.contains("-m size=512M,slots=8,maxmem=2048M"), "{lines}");
     }
 
     #[test]

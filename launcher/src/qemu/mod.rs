@@ -2,6 +2,7 @@
 
 pub mod arguments;
 pub mod devices;
+pub mod plug;
 pub mod program;
 pub mod qmp;
 

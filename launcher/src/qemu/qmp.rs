@@ -183,7 +183,7 @@ impl Qmp {
         self.ending.clone()
     }
 
-    async fn execute<C: QmpCommand>(&self, command: C) -> Result<C::Ok, QmpError> {
+    pub(super) async fn execute<C: QmpCommand>(&self, command: C) -> Result<C::Ok, QmpError> {
         match timeout(ANSWER, self.service.execute(command)).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(ExecuteError::Io(error))) => Err(QmpError::Connection(error)),

@@ -13,6 +13,7 @@ use super::{
     clone::{self, Found},
     plan::{Plan, plan},
     remains,
+    resize::Sizes,
 };
 use crate::{
     agent::AgentClient,
@@ -217,6 +218,7 @@ async fn bring_up(
         exit,
         supervisor,
         freed: tokio::sync::Mutex::new(false),
+        sizes: tokio::sync::Mutex::new(Sizes::of(machine)),
     })
 }
 

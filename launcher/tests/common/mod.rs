@@ -88,6 +88,7 @@ impl Place {
             guest: Guest::load(&self.config.guests_dir, &self.config.guest).unwrap(),
             vcpus: 1,
             memory_mib: 512,
+            growth: None,
             acceleration: AccelerationChoice::Auto,
             configuration: None,
             hostname: None,

@@ -9,7 +9,12 @@ use std::{
 
 use async_trait::async_trait;
 use coreos_kvm_launcher::{
-    agent::AgentClient, config::Config, machine::Machine, state::VsockAddress, vm::VmExit, vsock::VsockDialer,
+    agent::AgentClient,
+    config::Config,
+    machine::Machine,
+    state::VsockAddress,
+    vm::{MachineSize, VmExit},
+    vsock::VsockDialer,
 };
 use coreos_kvm_proto::{
     AGENT_PORT,
@@ -32,6 +37,12 @@ use crate::{
 };
 
 pub(super) const QEMU: u32 = 4711;
+/// What the machine starts with, and the memory that it can have.
+const START: MachineSize = MachineSize {
+    vcpus: 1,
+    memory_mib: 512,
+};
+const LARGEST_MIB: u64 = 4096;
 
 type Key = (String, String);
 /// Exit status, and whether it was for want of memory; None as long as the process runs.
@@ -240,6 +251,8 @@ pub(super) struct FakeMachine {
     exit: watch::Sender<Option<VmExit>>,
     accepting: tokio::task::JoinHandle<()>,
     server: tokio::sync::Mutex<Option<Server>>,
+    size: Mutex<MachineSize>,
+    guest: Arc<Guest>,
 }
 
 impl FakeMachine {
@@ -254,7 +267,7 @@ impl FakeMachine {
             .add_listener(Listener::new(incoming))
             .register_service(create_agent(Arc::new(FakeAgent(guest.clone()))));
         server.start().await.unwrap();
-        let guest = guest.clone();
+        let (guest, resized) = (guest.clone(), guest.clone());
         let accepting = tokio::spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
@@ -270,6 +283,8 @@ impl FakeMachine {
                 shared,
             },
             exit: watch::Sender::new(None),
+            size: Mutex::new(START),
+            guest: resized,
             accepting,
             server: tokio::sync::Mutex::new(Some(server)),
         })
@@ -330,6 +345,25 @@ impl RunningMachine for FakeMachine {
     }
 
     async fn resume(&self) -> Result<(), ShimError> {
+        Ok(())
+    }
+
+    async fn size(&self) -> MachineSize {
+        *self.size.lock().unwrap()
+    }
+
+    async fn resize(&self, wanted: MachineSize) -> Result<(), ShimError> {
+        if wanted.memory_mib > LARGEST_MIB {
+            return Err(ShimError::InvalidArgument("the machine would be too large".to_owned()));
+        }
+        let wanted = MachineSize {
+            vcpus: wanted.vcpus.max(START.vcpus),
+            memory_mib: wanted.memory_mib.max(START.memory_mib),
+        };
+        if std::mem::replace(&mut *self.size.lock().unwrap(), wanted) != wanted {
+            let what = format!("{} {}", wanted.vcpus, wanted.memory_mib);
+            self.guest.called("size", what).unwrap();
+        }
         Ok(())
     }
 }

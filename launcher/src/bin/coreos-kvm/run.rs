@@ -169,6 +169,7 @@ impl Run {
             guest: Guest::load(&config.guests_dir, self.guest.as_deref().unwrap_or(&config.guest))?,
             vcpus: self.vcpus.unwrap_or(config.vcpus),
             memory_mib: self.memory.mib(),
+            growth: None,
             acceleration: config.acceleration,
             configuration: self.configuration()?,
             hostname: self.name.as_ref().map(ToString::to_string),

@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 use coreos_kvm_launcher::{
     config::Config,
     guest::Guest,
-    machine::{Configuration, Machine, Network},
+    machine::{Configuration, Growth, Machine, Network},
     sentence,
     size::Size,
     template::{Entry, Key, Lock, Store},
@@ -163,11 +163,13 @@ impl Build {
     }
 
     fn machine(&self, config: &Config) -> anyhow::Result<Machine> {
+        let vcpus = self.vcpus.unwrap_or(config.vcpus);
         Ok(Machine {
             id: format!("template-{}", std::process::id()).parse()?,
             guest: Guest::load(&config.guests_dir, self.guest.as_deref().unwrap_or(&config.guest))?,
-            vcpus: self.vcpus.unwrap_or(config.vcpus),
+            vcpus,
             memory_mib: self.memory.map_or(config.memory_mib, Size::mib),
+            growth: Some(Growth::within(vcpus, config.max_vcpus, config.max_memory_mib)),
             acceleration: config.acceleration,
             configuration: self.config_file.as_deref().map(configuration).transpose()?,
             hostname: None,

@@ -1,0 +1,92 @@
+//! What containers may use together: the size that their machine is to have.
+
+use coreos_kvm_launcher::vm::MachineSize;
+use oci_spec::runtime::{LinuxResources, Spec};
+
+/// A container's limits; none where it has none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// In thousandths of a processor.
+    millicpus: Option<u64>,
+    /// In bytes.
+    memory: Option<u64>,
+}
+
+impl Limits {
+    /// Those that a container is created with.
+    pub(crate) fn of(spec: &Spec) -> Self {
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        resources.map_or_else(Self::default, |resources| Self::default().changed(resources))
+    }
+
+    /// These after a change, which leaves alone what it does not speak of. Anything below zero means that there is no limit.
+    pub(crate) fn changed(self, resources: &LinuxResources) -> Self {
+        let mut limits = self;
+        if let Some(cpu) = resources.cpu() {
+            let period = cpu.period().filter(|period| *period > 0).unwrap_or(CFS_PERIOD);
+            if let Some(quota) = cpu.quota() {
+                let millicpus = |quota: u64| quota.saturating_mul(1000).div_ceil(period);
+                limits.millicpus = u64::try_from(quota).ok().filter(|quota| *quota > 0).map(millicpus);
+            }
+        }
+        if let Some(limit) = resources.memory().as_ref().and_then(|memory| memory.limit()) {
+            limits.memory = u64::try_from(limit).ok().filter(|limit| *limit > 0);
+        }
+        limits
+    }
+
+    /// The size of a machine for containers of these limits whose guest needs `overhead_mib` beside them. Zero of what none of
+    /// them limits, which is less than any machine has.
+    pub(crate) fn size(all: impl IntoIterator<Item = Self>, overhead_mib: u64) -> MachineSize {
+        let (mut millicpus, mut memory) = (0_u64, 0_u64);
+        for limits in all {
+            millicpus = millicpus.saturating_add(limits.millicpus.unwrap_or(0));
+            memory = memory.saturating_add(limits.memory.unwrap_or(0));
+        }
+        MachineSize {
+            vcpus: u32::try_from(millicpus.div_ceil(1000)).unwrap_or(u32::MAX),
+            memory_mib: match memory {
+                0 => 0,
+                memory => memory.div_ceil(1 << 20).saturating_add(overhead_mib),
+            },
+        }
+    }
+}
+
+/// What a quota is of where nobody says: 100 ms in µs, `default_cfs_period` in kernel/sched/core.c.
+const CFS_PERIOD: u64 = 100_000;
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn limits(resources: Value) -> Limits {
+        Limits::default().changed(&serde_json::from_value(resources).unwrap())
+    }
+
+    #[test]
+    fn a_machine_has_what_its_containers_may_use_together_and_what_its_guest_needs() {
+        let one = limits(json!({"cpu": {"quota": 150_000, "period": 100_000}, "memory": {"limit": 300 << 20}}));
+        let other = limits(json!({"cpu": {"quota": 60_000}, "memory": {"limit": (100 << 20) + 1}}));
+        let size = Limits::size([one, other, Limits::default()], 128);
+        assert_eq!((size.vcpus, size.memory_mib), (3, 300 + 101 + 128));
+        let size = Limits::size([Limits::default()], 128);
+        assert_eq!((size.vcpus, size.memory_mib), (0, 0));
+    }
+
+    #[test]
+    fn a_change_leaves_alone_what_it_does_not_speak_of() {
+        let before = limits(json!({"cpu": {"quota": 50_000, "period": 100_000}, "memory": {"limit": 1 << 20}}));
+        let change = |resources: Value| before.changed(&serde_json::from_value(resources).unwrap());
+        assert_eq!(change(json!({"cpu": {"shares": 10}})), before);
+        assert_eq!(change(json!({"memory": {"limit": -1}})).memory, None);
+        assert_eq!(change(json!({"cpu": {"quota": -1}})).millicpus, None);
+        assert_eq!(change(json!({"cpu": {"quota": 25_000}})).millicpus, Some(250));
+        assert_eq!(
+            change(json!({"cpu": {"quota": i64::MAX, "period": 1}})).millicpus,
+            Some(u64::MAX)
+        );
+    }
+}
