@@ -5,7 +5,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use coreos_kvm_proto::{GREETING, PROTOCOL, READY_PORT, READY_PORT_ARGUMENT};
 use tokio::io::AsyncWriteExt;
-use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
+
+use crate::connections::Host;
 
 /// The host listens before it starts the guest, so a connection is a matter of moments.
 const GREET: Duration = Duration::from_secs(30);
@@ -27,15 +28,15 @@ pub(crate) fn port() -> u32 {
 }
 
 /// Dials the host at `port` and says who is there.
-pub(crate) async fn greet(port: u32) -> Result<()> {
+pub(crate) async fn greet(host: &Host, port: u32) -> Result<()> {
     let greet = async {
-        let mut stream = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, port)).await?;
+        let mut stream = host.dial(port).await?;
         let line = format!("{GREETING} {PROTOCOL} {}\n", env!("CARGO_PKG_VERSION"));
         stream.write_all(line.as_bytes()).await?;
-        stream.shutdown(std::net::Shutdown::Write)
+        stream.shutdown().await
     };
     tokio::time::timeout(GREET, greet)
         .await
         .context("the host does not answer")?
-        .with_context(|| format!("dialing vsock port {port} of the host"))
+        .with_context(|| format!("dialing port {port} of the host"))
 }

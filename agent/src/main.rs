@@ -4,14 +4,15 @@
 //! - [`containers`]: all containers, and [`process`]: one process with its streams
 //! - [`runtime`]: how processes come to be in containers, by a zygote and libcontainer
 //! - [`reaper`]: the one owner of exits
-//! - [`streams`]: the connections that carry stdin, stdout and stderr
+//! - [`connections`]: the ways to the host, by vsock or by a [`serial`] port; [`streams`]: what carries stdin, stdout and stderr
 //! - [`cgroup`], [`stats`]: the containers' cgroups and what they say; [`passwd`] and [`workdir`]: their users' homes
 //!   and the folders they start in
-//! - [`mounts`], [`network`], [`identity`], [`size`]: making the guest the pod's
+//! - [`share`], [`mounts`], [`network`], [`identity`], [`size`]: making the guest the pod's
 //! - [`template`], [`quiet`], [`free_memory`], [`rehearsal`]: being saved, and waking up as another machine
 //! - [`greeting`]: telling the host that all this is there
 
 mod cgroup;
+mod connections;
 mod containers;
 mod error;
 mod free_memory;
@@ -25,7 +26,9 @@ mod quiet;
 mod reaper;
 mod rehearsal;
 mod runtime;
+mod serial;
 mod service;
+mod share;
 mod size;
 mod stats;
 mod streams;
@@ -36,8 +39,10 @@ mod workdir;
 use std::{sync::Arc, time::Instant};
 
 use anyhow::{Context as _, Result, bail};
-use coreos_kvm_proto::{AGENT_PORT, MESSAGE_MAX, agent_ttrpc};
+use connections::{Connections, Host};
+use coreos_kvm_proto::{MESSAGE_MAX, agent_ttrpc};
 use template::Template;
+use ttrpc::asynchronous::transport::Listener;
 
 /// Logs go to the journal by stderr; `coreos_kvm.agent_log=debug` on the kernel's command line shows more.
 fn start_logging() {
@@ -85,28 +90,36 @@ async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
     let cgroup = cgroup::own(&[nix::unistd::getpid(), zygote.pid()]).context("taking over the service's cgroup")?;
     let containers = Arc::new(containers::Containers::new(reaper, zygote, cgroup));
 
-    let streams = streams::listen(containers.clone()).context("listening for streams")?;
-    let service = agent_ttrpc::create_agent(Arc::new(service::Service::new(containers.clone())));
+    let (mut connections, calls) = Connections::listen(containers.clone()).context("listening for the host")?;
+    let share = Arc::new(share::Share::default());
+    let service = service::Service::new(containers.clone(), share.clone());
     let mut server = ttrpc::asynchronous::Server::new()
-        .bind(&format!("vsock://-1:{AGENT_PORT}"))
-        .context("listening for calls")?
-        .register_service(service);
+        .add_listener(Listener::new(calls))
+        .register_service(agent_ttrpc::create_agent(Arc::new(service)));
     server.start().await.context("serving calls")?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         message_max = MESSAGE_MAX,
         "agent serves"
     );
-    let ready_port = match template {
-        Some(template) => template
-            .sleep(&containers)
-            .await
-            .context("becoming a machine of its own")?,
-        None => greeting::port(),
+    let (host, ready_port) = match template {
+        Some(template) => {
+            let awake = template.sleep(&containers).await;
+            let awake = awake.context("becoming a machine of its own")?;
+            let host = match awake.connections {
+                Some(port) => {
+                    share.comes_by_serial_port();
+                    connections.serve(port)
+                }
+                None => Host::Vsock,
+            };
+            (host, awake.ready_port)
+        }
+        None => (Host::Vsock, greeting::port()),
     };
-    greeting::greet(ready_port).await.context("greeting the host")?;
+    greeting::greet(&host, ready_port).await.context("greeting the host")?;
     tokio::select! {
-        result = streams => result.context("serving streams")?,
+        result = connections.ended() => result.context("serving the host"),
         exit = zygote_end => bail!("the zygote has ended with code {}", exit.status),
     }
 }

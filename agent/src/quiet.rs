@@ -14,8 +14,14 @@ use tokio::time::{Instant, sleep};
 
 use crate::template::Kind;
 
-/// Drivers of the devices that a clone finds when it wakes up; each is loaded in the template, or part of its kernel.
-const DRIVERS: [&str; 3] = ["virtiofs", "vmw_vsock_virtio_transport", "virtio_net"];
+/// Drivers of the devices that a clone finds when it wakes up, or has from its template; each is loaded there, or part of its kernel.
+const DRIVERS: [&str; 5] = [
+    "virtio_console",
+    "fuse",
+    "virtiofs",
+    "vmw_vsock_virtio_transport",
+    "virtio_net",
+];
 /// A unit that does not come up without what a template does not have, such as a network, is not waited for longer.
 const BOOT: Duration = Duration::from_secs(30);
 /// systemd's answers take tenths of seconds in an emulated guest.

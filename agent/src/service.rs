@@ -6,15 +6,18 @@ use async_trait::async_trait;
 use coreos_kvm_proto::{PROTOCOL, agent as proto, agent_ttrpc::Agent};
 use ttrpc::r#async::TtrpcContext;
 
-use crate::{containers::Containers, error::AgentError, identity, mounts, network, reaper::Exit, size, stats};
+use crate::{
+    containers::Containers, error::AgentError, identity, mounts, network, reaper::Exit, share::Share, size, stats,
+};
 
 pub(crate) struct Service {
     containers: Arc<Containers>,
+    share: Arc<Share>,
 }
 
 impl Service {
-    pub(crate) fn new(containers: Arc<Containers>) -> Self {
-        Self { containers }
+    pub(crate) fn new(containers: Arc<Containers>, share: Arc<Share>) -> Self {
+        Self { containers, share }
     }
 }
 
@@ -58,7 +61,7 @@ impl Agent for Service {
         request: proto::ConfigureSandboxRequest,
     ) -> Answer<proto::Empty> {
         identity::set_hostname(&request.hostname)?;
-        mounts::share(&request.shared_tag).await?;
+        self.share.mount(&request.shared_tag).await?;
         mounts::shm(request.shm_size)?;
         empty(identity::set_sysctls(&request.sysctls))
     }

@@ -3,15 +3,10 @@
 
 use std::{io, sync::Arc, time::Duration};
 
-use anyhow::Result;
-use coreos_kvm_proto::{FRAME_MAX, STREAM_PORT, frame};
+use coreos_kvm_proto::{FRAME_MAX, frame};
 use futures::FutureExt as _;
-use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    task::JoinHandle,
-};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_util::sync::CancellationToken;
-use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 
 use crate::{containers::Containers, process::Endpoint};
 
@@ -20,21 +15,8 @@ const HELLO: Duration = Duration::from_secs(10);
 /// The host closes the connection as soon as it has read the end.
 const FAREWELL: Duration = Duration::from_secs(30);
 
-/// Takes connections as long as the agent lives.
-pub(crate) fn listen(containers: Arc<Containers>) -> io::Result<JoinHandle<Result<()>>> {
-    let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, STREAM_PORT))?;
-    Ok(tokio::spawn(async move {
-        loop {
-            let (stream, peer) = listener.accept().await?;
-            // Containers can make vsock connections as well, but the streams are the host's.
-            if peer.cid() == VMADDR_CID_HOST {
-                tokio::spawn(serve(containers.clone(), stream));
-            }
-        }
-    }))
-}
-
-async fn serve(containers: Arc<Containers>, mut stream: VsockStream) {
+/// Serves one of them.
+pub(crate) async fn serve(containers: Arc<Containers>, mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     let hello = match tokio::time::timeout(HELLO, frame::read_hello(&mut stream)).await {
         Ok(Ok(hello)) => hello,
         _ => return tracing::warn!("a stream connection did not say which stream it is for"),

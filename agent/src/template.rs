@@ -1,28 +1,20 @@
 //! The agent of a machine that is saved as a template: it makes the guest quiet, says so, and sleeps while the machine is saved.
 //! What wakes up is a clone, perhaps much later, and the first thing that it does is to become a machine of its own.
 
-use std::{
-    io,
-    os::fd::OwnedFd,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use coreos_kvm_proto::{
-    PROTOCOL, TEMPLATE_ARGUMENT, WAKE_MAX, WAKE_PORT,
+    AGENT_SERIAL_PORT, PROTOCOL, TEMPLATE_ARGUMENT, WAKE_MAX,
     agent::{Awakening, TemplateReady},
 };
-use nix::{
-    fcntl::{OFlag, open},
-    sys::{
-        stat::Mode,
-        termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr},
-    },
-};
 use protobuf::Message;
-use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::{containers::Containers, free_memory, greeting::kernel_argument, identity, quiet, rehearsal::rehearse};
+use crate::{
+    containers::Containers, free_memory, greeting::kernel_argument, identity, quiet, rehearsal::rehearse,
+    serial::SerialPort,
+};
 
 /// What a clone does after its containers have begun to start waits so long.
 const LATER: Duration = Duration::from_secs(2);
@@ -47,7 +39,7 @@ pub(crate) fn kind() -> Option<Kind> {
 /// A guest that is quiet.
 pub(crate) struct Template {
     kind: Kind,
-    port: WakePort,
+    port: SerialPort,
 }
 
 impl Template {
@@ -56,20 +48,19 @@ impl Template {
     /// # Errors
     /// When the guest cannot be made quiet.
     pub(crate) async fn prepare(kind: Kind) -> Result<Self> {
-        let port = WakePort::open().context("opening the port on which clones are woken")?;
         quiet::load_drivers()?;
+        let port = SerialPort::open(AGENT_SERIAL_PORT).context("opening the port on which clones are woken")?;
         quiet::boot_has_ended().await;
         quiet::halt_services().await?;
         Ok(Self { kind, port })
     }
 
-    /// Says that the guest can be saved, and comes back in a clone, whose identity is the clone's own. Answers the port of the
-    /// host's vsock that waits for the clone's greeting.
+    /// Says that the guest can be saved, and comes back in a clone, whose identity is the clone's own.
     ///
     /// # Errors
     /// When a clone cannot be made a machine of its own: it must not go on then.
-    pub(crate) async fn sleep(self, containers: &Containers) -> Result<u32> {
-        let Self { kind, port } = self;
+    pub(crate) async fn sleep(self, containers: &Containers) -> Result<Awake> {
+        let Self { kind, mut port } = self;
         let template = identity::Ids::read().context("reading the template's ids")?;
         let ready = TemplateReady {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -82,11 +73,11 @@ impl Template {
         free_memory::clear()?;
         rehearse(containers).await.context("rehearsing a clone's start")?;
         let others = containers.set_others_aside();
-        port.send(&ready.write_to_bytes()?)
+        send(&mut port, &ready.write_to_bytes()?)
             .await
             .context("saying that the guest is quiet")?;
 
-        let told = port.receive().await.context("being woken")?;
+        let told = receive(&mut port).await.context("being woken")?;
         let told = Awakening::parse_from_bytes(&told).context("reading who the machine is")?;
         let begin = Instant::now();
         identity::renew(&template, &told)?;
@@ -101,57 +92,31 @@ impl Template {
                 tracing::warn!(error = format!("{error:#}"), "not all services of the guest are awake");
             }
         });
-        Ok(told.ready_port)
+        Ok(Awake {
+            ready_port: told.ready_port,
+            connections: told.serial.then_some(port),
+        })
     }
 }
 
-/// The serial port on which templates and their host talk.
-struct WakePort(AsyncFd<OwnedFd>);
+/// What a clone is told about its ways to the host.
+pub(crate) struct Awake {
+    /// Port of the host that waits for the clone's greeting.
+    pub(crate) ready_port: u32,
+    /// What connections are made on, in a clone that has no vsock. Its share comes by a serial port, too.
+    pub(crate) connections: Option<SerialPort>,
+}
 
-impl WakePort {
-    fn open() -> io::Result<Self> {
-        let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        let port = open(WAKE_PORT, flags, Mode::empty())?;
-        let mut settings = tcgetattr(&port)?;
-        cfmakeraw(&mut settings);
-        tcsetattr(&port, SetArg::TCSANOW, &settings)?;
-        // SAFETY: the port is this structure's alone, and open as long as it is.
-        Ok(Self(unsafe { AsyncFd::register(port) }?))
-    }
+/// Sends a message: its length, 4 bytes, big-endian, and it.
+async fn send(port: &mut SerialPort, message: &[u8]) -> Result<()> {
+    let length = u32::try_from(message.len())?.to_be_bytes();
+    Ok(port.write_all(&[&length, message].concat()).await?)
+}
 
-    /// Sends `message` and waits until the host has it.
-    async fn send(&self, message: &[u8]) -> Result<()> {
-        let length = u32::try_from(message.len())?.to_be_bytes();
-        let mut rest: &[u8] = &[&length, message].concat();
-        while !rest.is_empty() {
-            let mut ready = self.0.writable().await?;
-            match ready.try_io(|port| Ok(nix::unistd::write(port, rest)?)) {
-                Ok(count) => rest = &rest[count?..],
-                Err(_would_block) => {}
-            }
-        }
-        Ok(())
-    }
-
-    async fn receive(&self) -> Result<Vec<u8>> {
-        let mut length = [0; 4];
-        self.fill(&mut length).await?;
-        let length = usize::try_from(u32::from_be_bytes(length))?;
-        ensure!(length <= WAKE_MAX, "a message of {length} bytes is too long");
-        let mut message = vec![0; length];
-        self.fill(&mut message).await?;
-        Ok(message)
-    }
-
-    async fn fill(&self, mut buffer: &mut [u8]) -> Result<()> {
-        while !buffer.is_empty() {
-            let mut ready = self.0.readable().await?;
-            if let Ok(count) = ready.try_io(|port| Ok(nix::unistd::read(port, buffer)?)) {
-                let count = count?;
-                ensure!(count > 0, "the port was hung up");
-                buffer = &mut buffer[count..];
-            }
-        }
-        Ok(())
-    }
+async fn receive(port: &mut SerialPort) -> Result<Vec<u8>> {
+    let length = usize::try_from(port.read_u32().await?)?;
+    ensure!(length <= WAKE_MAX, "a message of {length} bytes is too long");
+    let mut message = vec![0; length];
+    port.read_exact(&mut message).await?;
+    Ok(message)
 }

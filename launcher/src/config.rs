@@ -14,6 +14,7 @@ use toml::Spanned;
 use crate::{
     accel::AccelerationChoice,
     machine::{MEMORY_MIB_MAX, VCPUS_MAX},
+    share_server,
 };
 
 /// Where the file is looked for when nobody names another.
@@ -50,10 +51,11 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// The kubelet's own directory, where the volumes of pods are.
     pub kubelet_dir: PathBuf,
-    /// QEMU, as a path or a name on PATH. The same holds for the other two programs.
+    /// QEMU, as a path or a name on PATH. The same holds for the other programs.
     pub qemu: PathBuf,
     pub virtiofsd: PathBuf,
     pub vhost_device_vsock: PathBuf,
+    pub share_server: PathBuf,
     pub acceleration: AccelerationChoice,
     /// Processors of a machine that asks for none.
     pub vcpus: u32,
@@ -70,6 +72,8 @@ pub struct Config {
     pub annotations: Vec<String>,
     /// Whether machines are clones of templates.
     pub templates: Templates,
+    /// How clones come to their memory.
+    pub clone_mode: CloneModeChoice,
     /// Directory of the templates.
     pub template_dir: PathBuf,
     /// What all templates may take together, in MiB.
@@ -89,6 +93,16 @@ pub enum Templates {
     Boot,
     /// It boots.
     Off,
+}
+
+/// How clones come to their memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CloneModeChoice {
+    /// Copy-on-write where the node has what that needs, else by copy.
+    Auto,
+    CopyOnWrite,
+    Copy,
 }
 
 /// How much is logged, as in the `tracing` crate.
@@ -143,6 +157,7 @@ impl Default for Config {
             qemu: "qemu-system-x86_64".into(),
             virtiofsd: "virtiofsd".into(),
             vhost_device_vsock: "vhost-device-vsock".into(),
+            share_server: share_server::PROGRAM.into(),
             acceleration: AccelerationChoice::Auto,
             vcpus: 1,
             memory_mib: 512,
@@ -151,6 +166,7 @@ impl Default for Config {
             guest_memory_overhead_mib: 256,
             boot_timeout: Duration::from_secs(120),
             templates: Templates::Wait,
+            clone_mode: CloneModeChoice::Auto,
             template_dir: "/var/lib/coreos-kvm/templates".into(),
             template_space_mib: 8192,
             annotations: ["config", "config-inline", "guest", "memory", "template", "vcpus"]
@@ -241,6 +257,7 @@ struct Keys {
     qemu: Option<Spanned<PathBuf>>,
     virtiofsd: Option<Spanned<PathBuf>>,
     vhost_device_vsock: Option<Spanned<PathBuf>>,
+    share_server: Option<Spanned<PathBuf>>,
     acceleration: Option<AccelerationChoice>,
     vcpus: Option<Spanned<i64>>,
     memory_mib: Option<Spanned<i64>>,
@@ -249,6 +266,7 @@ struct Keys {
     guest_memory_overhead_mib: Option<Spanned<i64>>,
     boot_timeout_s: Option<Spanned<i64>>,
     templates: Option<Templates>,
+    clone_mode: Option<CloneModeChoice>,
     template_dir: Option<Spanned<PathBuf>>,
     template_space_mib: Option<Spanned<i64>>,
     annotations: Option<Vec<Spanned<String>>>,
@@ -273,6 +291,7 @@ impl Keys {
             self.vhost_device_vsock,
             program,
         )?;
+        set(&mut config.share_server, "share_server", self.share_server, program)?;
         config.acceleration = self.acceleration.unwrap_or(config.acceleration);
         config.log_level = self.log_level.unwrap_or(config.log_level);
 
@@ -306,6 +325,7 @@ impl Keys {
         config.boot_timeout = Duration::from_secs(seconds);
 
         config.templates = self.templates.unwrap_or(config.templates);
+        config.clone_mode = self.clone_mode.unwrap_or(config.clone_mode);
         set(&mut config.template_dir, "template_dir", self.template_dir, absolute)?;
         set(
             &mut config.template_space_mib,
@@ -422,7 +442,7 @@ mod tests {
             })
             .fold(String::new(), |text, line| text + line + "\n");
         let table: toml::Table = toml::from_str(&spoken).unwrap();
-        assert_eq!(table.len(), 22, "{table:?}");
+        assert_eq!(table.len(), 24, "{table:?}");
         assert_eq!(
             Config::parse(&spoken).map_err(|problem| problem.problem).ok(),
             Some(Config::default())

@@ -191,6 +191,8 @@ impl fmt::Display for Origin {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CloneMode {
+    /// It shares what the template had until it writes there.
+    CopyOnWrite,
     /// It has a copy of what the template had.
     Copy,
 }
@@ -198,6 +200,7 @@ pub enum CloneMode {
 impl fmt::Display for CloneMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::CopyOnWrite => "copy-on-write",
             Self::Copy => "copy",
         })
     }

@@ -1,6 +1,6 @@
 //! One running machine: brought up as a whole or not at all, watched, paused, ended, and nothing of it left behind.
 
-use std::{path::PathBuf, process::ExitStatus, sync::Arc, time::Duration};
+use std::{fs::File, path::PathBuf, process::ExitStatus, sync::Arc, time::Duration};
 
 use serde::Serialize;
 use tokio::{sync::watch as channel, task::JoinHandle};
@@ -14,6 +14,7 @@ use crate::{
     process::Process,
     qemu::qmp::{Ending, Qmp, QmpError},
     state::{Record, StateDir, VsockAddress},
+    vsock::Multiplexed,
 };
 
 mod boot;
@@ -44,6 +45,11 @@ pub struct Vm {
     exit: channel::Receiver<Option<VmExit>>,
     supervisor: JoinHandle<()>,
     freed: tokio::sync::Mutex<bool>,
+    /// What carries the agent's connections, where that is this process.
+    _multiplexed: Option<Multiplexed>,
+    _ports: Option<build::Ports>,
+    /// Held open so that other clones of the template find it.
+    _shared_memory: Option<File>,
     /// Held while the size is changed.
     sizes: tokio::sync::Mutex<resize::Sizes>,
 }

@@ -3,7 +3,7 @@
 //! Where the node's kernel has vhost-vsock, the device is the kernel's. Elsewhere it is vhost-device-vsock: a process that turns
 //! the guest's connections into Unix sockets. A host program connects to the device's socket, writes `CONNECT <port>\n`
 //! and is answered `OK <port>\n`; the guest's connection to port N of the host arrives at the socket of the same name with
-//! `_N` behind it.
+//! `_N` behind it. A clone whose memory is shared copy-on-write has neither, and the same ports on a serial port: [`Multiplexed`].
 
 use std::{
     io,
@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+use coreos_kvm_proto::mux::{Mux, MuxStream};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::UnixStream,
@@ -29,9 +30,11 @@ use crate::{
     state::VsockAddress,
 };
 
+mod multiplexed;
 mod ready;
 mod vhost;
 
+pub use multiplexed::Multiplexed;
 pub use ready::{GreetingError, ReadyListener};
 
 /// A guest that runs takes a connection, or refuses it, within moments.
@@ -194,12 +197,26 @@ fn open_folder(socket: &Path) -> io::Result<(std::fs::File, String)> {
 /// Connects to ports of one guest.
 #[derive(Debug, Clone)]
 pub struct VsockDialer {
-    address: VsockAddress,
+    way: Way,
+}
+
+#[derive(Debug, Clone)]
+enum Way {
+    Address(VsockAddress),
+    Multiplexed(Mux),
 }
 
 impl VsockDialer {
     pub fn new(address: VsockAddress) -> Self {
-        Self { address }
+        Self {
+            way: Way::Address(address),
+        }
+    }
+
+    fn multiplexed(mux: Mux) -> Self {
+        Self {
+            way: Way::Multiplexed(mux),
+        }
     }
 
     /// Connects to `port` of the guest.
@@ -208,14 +225,15 @@ impl VsockDialer {
     /// When nobody listens there, the guest is gone, or it does not answer within 5 s.
     pub async fn dial(&self, port: u32) -> io::Result<VsockStream> {
         let dial = async {
-            match &self.address {
-                VsockAddress::Cid(cid) => {
+            match &self.way {
+                Way::Multiplexed(mux) => Ok(VsockStream(Stream::Multiplexed(mux.dial(port).await?))),
+                Way::Address(VsockAddress::Cid(cid)) => {
                     let address = tokio_vsock::VsockAddr::new(*cid, port);
                     Ok(VsockStream(Stream::Vsock(
                         tokio_vsock::VsockStream::connect(address).await?,
                     )))
                 }
-                VsockAddress::Socket(path) => dial_device(path, port).await,
+                Way::Address(VsockAddress::Socket(path)) => dial_device(path, port).await,
             }
         };
         timeout(DIAL, dial).await.map_err(|_| {
@@ -269,6 +287,7 @@ pub struct VsockStream(Stream);
 enum Stream {
     Unix(UnixStream),
     Vsock(tokio_vsock::VsockStream),
+    Multiplexed(MuxStream),
 }
 
 impl AsyncRead for VsockStream {
@@ -276,6 +295,7 @@ impl AsyncRead for VsockStream {
         match &mut self.get_mut().0 {
             Stream::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
             Stream::Vsock(stream) => Pin::new(stream).poll_read(cx, buf),
+            Stream::Multiplexed(stream) => Pin::new(stream).poll_read(cx, buf),
         }
     }
 }
@@ -285,6 +305,7 @@ impl AsyncWrite for VsockStream {
         match &mut self.get_mut().0 {
             Stream::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
             Stream::Vsock(stream) => Pin::new(stream).poll_write(cx, buf),
+            Stream::Multiplexed(stream) => Pin::new(stream).poll_write(cx, buf),
         }
     }
 
@@ -292,6 +313,7 @@ impl AsyncWrite for VsockStream {
         match &mut self.get_mut().0 {
             Stream::Unix(stream) => Pin::new(stream).poll_flush(cx),
             Stream::Vsock(stream) => Pin::new(stream).poll_flush(cx),
+            Stream::Multiplexed(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
@@ -299,6 +321,7 @@ impl AsyncWrite for VsockStream {
         match &mut self.get_mut().0 {
             Stream::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             Stream::Vsock(stream) => Pin::new(stream).poll_shutdown(cx),
+            Stream::Multiplexed(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

@@ -7,11 +7,12 @@ mod generated {
 }
 
 pub mod frame;
+pub mod mux;
 
 pub use generated::{agent, agent_ttrpc};
 
 /// Number of this protocol. It grows whenever host and agent of different numbers could misunderstand each other.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// vsock port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -26,10 +27,13 @@ pub const READY_PORT_ARGUMENT: &str = "coreos_kvm.ready_port";
 /// Kernel argument of a machine that is to be saved as a template: `coreos_kvm.template=1`. Its clones have it too, for they
 /// have its memory.
 pub const TEMPLATE_ARGUMENT: &str = "coreos_kvm.template";
-/// The second serial port, in a template and its clones: the agent says there that it may be saved (`TemplateReady`) and is told
-/// there who it is when it wakes up (`Awakening`).
-pub const WAKE_PORT: &str = "/dev/ttyS1";
-/// Longest message on [`WAKE_PORT`], in bytes, the length before it left out.
+/// Name of a virtio-serial port of templates and their clones: the agent says there that it may be saved (`TemplateReady`), and is told
+/// there who it is when it wakes up (`Awakening`). After that, in a clone without vsock, all connections are on it: [`mux`].
+pub const AGENT_SERIAL_PORT: &str = "coreos-kvm.agent";
+/// Name of another one: in a clone without virtiofs it carries the FUSE requests of the share's mount to the host, and the replies
+/// back, one after the other as linux/fuse.h has them.
+pub const SHARE_SERIAL_PORT: &str = "coreos-kvm.share";
+/// Longest message about waking on [`AGENT_SERIAL_PORT`], in bytes, the length before it left out.
 pub const WAKE_MAX: usize = 1024;
 /// Random bytes that a clone's kernel is given.
 pub const SEED_LENGTH: usize = 64;

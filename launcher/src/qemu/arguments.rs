@@ -6,7 +6,9 @@
 
 use std::{ffi::OsString, os::fd::RawFd};
 
-use coreos_kvm_proto::{AGENT_DISK_SERIAL, READY_PORT_ARGUMENT, TEMPLATE_ARGUMENT};
+use coreos_kvm_proto::{
+    AGENT_DISK_SERIAL, AGENT_SERIAL_PORT, READY_PORT_ARGUMENT, SHARE_SERIAL_PORT, TEMPLATE_ARGUMENT,
+};
 
 use super::devices::{self, Connections, Device, SLOT};
 use crate::{
@@ -14,6 +16,7 @@ use crate::{
     disk::{DATA_DISK_SERIAL, Storage},
     forward,
     machine::{Machine, Network},
+    state::CloneMode,
 };
 
 /// Processor that the guest sees under TCG: the plainest that x86-64-v2 programs run on (distributions of the RHEL 9
@@ -67,11 +70,23 @@ pub enum Start {
         initramfs: RawFd,
         /// A file in memory that becomes the guest's.
         memory: RawFd,
-        /// QEMU's end of the connection of the second serial port.
-        wake: RawFd,
+        ports: Ports,
     },
-    /// It goes on where a template was saved, in a copy of its memory.
-    Clone { memory: RawFd, wake: RawFd },
+    /// It goes on where a template was saved.
+    Clone {
+        memory: RawFd,
+        mode: CloneMode,
+        ports: Ports,
+    },
+}
+
+/// QEMU's ends of the connections of the virtio-serial ports that templates and their clones have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ports {
+    /// Of [`AGENT_SERIAL_PORT`].
+    pub agent: RawFd,
+    /// Of [`SHARE_SERIAL_PORT`].
+    pub share: RawFd,
 }
 
 /// The merged Ignition configuration, and the way on which it travels.
@@ -96,7 +111,7 @@ pub fn arguments(machine: &Machine, acceleration: Acceleration, descriptors: &De
                 line.add("device", device.to_string());
             }
         }
-        Start::Template { wake, .. } | Start::Clone { wake, .. } => late(&mut line, wake),
+        Start::Template { ports, .. } | Start::Clone { ports, .. } => late(&mut line, ports),
     }
     line.0.into_iter().map(OsString::from).collect()
 }
@@ -165,7 +180,7 @@ fn platform(line: &mut Line, machine: &Machine, acceleration: Acceleration) {
     line.add("smp", format!("cpus={}{maxcpus}", machine.vcpus));
 }
 
-/// The guest's memory. Shared, for virtiofsd and vhost-device-vsock read and write it.
+/// The guest's memory. Shared, for virtiofsd and vhost-device-vsock read and write it, unless it is a clone that has neither.
 fn memory(line: &mut Line, machine: &Machine, start: &Start) {
     let size = machine.memory_mib;
     let most = machine.growth.map_or(size, |growth| growth.memory_mib);
@@ -181,7 +196,14 @@ fn memory(line: &mut Line, machine: &Machine, start: &Start) {
         Start::Boot { .. } => format!("memory-backend-memfd,id=memory,size={size}M,share=on"),
         Start::Template { memory, .. } | Start::Clone { memory, .. } => {
             let file = own_file(*memory);
-            format!("memory-backend-file,id=memory,size={size}M,mem-path={file},share=on")
+            let share = match start {
+                Start::Clone {
+                    mode: CloneMode::CopyOnWrite,
+                    ..
+                } => "off",
+                _ => "on",
+            };
+            format!("memory-backend-file,id=memory,size={size}M,mem-path={file},share={share}")
         }
     };
     line.add("object", backend);
@@ -293,10 +315,20 @@ fn console(line: &mut Line, descriptors: &Descriptors) {
     line.add("device", "virtio-rng-pci,disable-legacy=on");
 }
 
-/// Where a clone is woken, and where its devices come to be.
-fn late(line: &mut Line, wake: RawFd) {
-    line.chardev("wake", wake);
-    line.add("serial", "chardev:wake");
+/// Where a clone is woken, what it has instead of devices that share memory, and where its devices come to be.
+fn late(line: &mut Line, ports: Ports) {
+    line.add("device", "virtio-serial-pci,id=ports,max_ports=3,disable-legacy=on");
+    // The first port would be a console.
+    for (number, port, name, connection) in [
+        (1, "agent", AGENT_SERIAL_PORT, ports.agent),
+        (2, "share", SHARE_SERIAL_PORT, ports.share),
+    ] {
+        line.chardev(port, connection);
+        line.add(
+            "device",
+            format!("virtserialport,bus=ports.0,nr={number},chardev={port},name={name}"),
+        );
+    }
     // Without a power switch, which would be off as long as nobody turns it on.
     let slot = Device::new("pcie-root-port")
         .with("id", SLOT)
@@ -468,7 +500,7 @@ mod tests {
                 kernel: 10,
                 initramfs: 11,
                 memory: 12,
-                wake: 13,
+                ports: Ports { agent: 32, share: 33 },
             },
             connections: Connections::default(),
             ..descriptors()
@@ -479,10 +511,32 @@ mod tests {
     #[test]
     fn a_clone_has_the_devices_of_its_template_and_waits_for_its_state() {
         let descriptors = Descriptors {
-            start: Start::Clone { memory: 12, wake: 13 },
+            start: Start::Clone {
+                memory: 12,
+                mode: CloneMode::Copy,
+                ports: Ports { agent: 32, share: 33 },
+            },
             ..descriptors()
         };
         insta::assert_snapshot!(lines(&machine(), Acceleration::Tcg, &descriptors));
+    }
+
+    #[test]
+    fn a_clone_that_shares_memory_maps_it_for_itself() {
+        let clone = |mode| {
+            let descriptors = Descriptors {
+                start: Start::Clone {
+                    memory: 12,
+                    mode,
+                    ports: Ports { agent: 32, share: 33 },
+                },
+                connections: Connections::default(),
+                ..descriptors()
+            };
+            lines(&machine(), Acceleration::Tcg, &descriptors)
+        };
+        let copy = clone(CloneMode::Copy);
+        assert_eq!(copy.replace("share=on", "share=off"), clone(CloneMode::CopyOnWrite));
     }
 
     #[test]

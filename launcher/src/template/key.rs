@@ -16,7 +16,7 @@ use crate::{
     carriage::Carriage,
     machine::Machine,
     qemu::{
-        arguments::{self, Descriptors, Ignition, Start},
+        arguments::{self, Descriptors, Ignition, Ports, Start},
         devices::Connections,
         program::Version,
     },
@@ -62,7 +62,7 @@ impl Key {
                 kernel: 0,
                 initramfs: 0,
                 memory: 0,
-                wake: 0,
+                ports: Ports { agent: 0, share: 0 },
             },
             ignition: placeholder,
             root: 0,

@@ -166,17 +166,18 @@ async fn bring_up(
             (Origin::Boot, None)
         }
         Way::Clone(found) => {
+            let mode = clone::mode(config);
             record.origin = Some(state::Origin::Clone {
                 template: found.key.to_string(),
-                mode: state::CloneMode::Copy,
+                mode,
             });
-            let (origin, restore) = found.prepare(machine)?;
+            let (origin, restore) = found.prepare(config, machine, mode).await?;
             (origin, Some(restore))
         }
     };
     let mut made = build::make(config, machine, plan, origin, (state, record), watcher).await?;
     if let Some(restore) = restore {
-        restore.wake(&mut made).await?;
+        restore.wake(&mut made, state).await?;
     }
     let Made {
         qemu,
@@ -185,11 +186,22 @@ async fn bring_up(
         begin,
         line,
         network,
+        ports,
+        shared_memory,
         ..
     } = made;
-    let Some(Line { ready, dialer }) = line else {
+    let Some(Line {
+        ready,
+        dialer,
+        multiplexed,
+    }) = line
+    else {
         return Err(VmError::NoTemplate("it has no way to its agent".to_owned()));
     };
+    if let Some(multiplexed) = &multiplexed {
+        record.vsock = Some(multiplexed.address.clone());
+        state.write(record)?;
+    }
     watch.during(async { Ok(ready.greeted().await?) }).await?;
     let agent = AgentClient::new(dialer);
     let configured = async {
@@ -218,6 +230,9 @@ async fn bring_up(
         exit,
         supervisor,
         freed: tokio::sync::Mutex::new(false),
+        _multiplexed: multiplexed,
+        _ports: ports,
+        _shared_memory: shared_memory,
         sizes: tokio::sync::Mutex::new(Sizes::of(machine)),
     })
 }

@@ -35,11 +35,12 @@ use crate::{
         devices::{self, CLONE_TAPS_MAX, Connections, Device},
         qmp::Qmp,
     },
-    state::{Helper, Record, StateDir},
+    share_server::{self, ShareServer},
+    state::{CloneMode, Helper, Record, StateDir},
     template::memory::Filler,
     user,
     virtiofs::{self, VirtioFs},
-    vsock::{Backend, ReadyListener, VsockDevice, VsockDialer},
+    vsock::{Backend, Multiplexed, ReadyListener, VsockDevice, VsockDialer},
 };
 
 /// What the guest's memory is at first, and what becomes of the guest.
@@ -48,12 +49,25 @@ pub(super) enum Origin {
     Boot,
     /// Empty, in a file that is saved later.
     Template { memory: File },
-    /// A file that is filled from a template, whose devices had that state.
-    Clone {
-        memory: File,
-        filler: Filler,
-        state: Vec<u8>,
-    },
+    /// What a template had in memory, when its devices had that state.
+    Clone { memory: Memory, state: Vec<u8> },
+}
+
+/// A clone's memory.
+pub(super) enum Memory {
+    /// A file of its own, which is being filled.
+    Copy { memory: File, filler: Filler },
+    /// One that all clones of the template map, [`crate::template::resident`].
+    Shared(File),
+}
+
+impl Memory {
+    fn mode(&self) -> CloneMode {
+        match self {
+            Self::Copy { .. } => CloneMode::Copy,
+            Self::Shared(_) => CloneMode::CopyOnWrite,
+        }
+    }
 }
 
 /// Where QEMU leaves the state of its devices, or finds it.
@@ -76,13 +90,15 @@ pub(super) struct Made {
     pub(super) watch: Watch,
     pub(super) qmp: Qmp,
     pub(super) begin: Instant,
-    /// The host's end of the port on which templates and clones are talked to.
-    pub(super) wake: Option<tokio::net::UnixStream>,
+    /// The host's ends of the ports that templates and clones have.
+    pub(super) ports: Option<Ports>,
     pub(super) transfer: Transfer,
     /// The process that fills a clone's memory.
     pub(super) filling: Option<Process>,
-    /// The ways to the guest's agent; a template has none.
+    /// The ways to the guest's agent; a template has none, and a clone whose connections are on a serial port only when it is awake.
     pub(super) line: Option<Line>,
+    /// The memory that a clone shares with others, open as long as the clone runs.
+    pub(super) shared_memory: Option<File>,
     /// What a clone is given when it has been restored, in this order.
     pub(super) devices: Vec<Device>,
     pub(super) network: Option<ConfigureNetworkRequest>,
@@ -92,6 +108,16 @@ pub(super) struct Made {
 pub(super) struct Line {
     pub(super) ready: ReadyListener,
     pub(super) dialer: VsockDialer,
+    /// What carries them, where that is this process.
+    pub(super) multiplexed: Option<Multiplexed>,
+}
+
+/// The host's ends of the ports that templates and clones have, kept open also when nobody needs them any more: that a port is closed
+/// would be news for the guest.
+pub(super) struct Ports {
+    pub(super) agent: tokio::net::UnixStream,
+    /// None where a process serves it.
+    pub(super) share: Option<UnixStream>,
 }
 
 /// Makes everything. `record` names each thing before it is made.
@@ -107,12 +133,19 @@ pub(super) async fn make(
     let wall = wall(config, machine, plan, state, record)?;
     // It takes longer than anything that follows, which has not to wait for it.
     let filling = match &mut origin {
-        Origin::Clone { filler, .. } => Some(Process::fork(|| filler.fill(), &wall)?),
+        Origin::Clone {
+            memory: Memory::Copy { filler, .. },
+            ..
+        } => Some(Process::fork(|| filler.fill(), &wall)?),
+        Origin::Boot | Origin::Template { .. } | Origin::Clone { .. } => None,
+    };
+    let mode = match &origin {
+        Origin::Clone { memory, .. } => Some(memory.mode()),
         Origin::Boot | Origin::Template { .. } => None,
     };
     let connected = match origin {
         Origin::Template { .. } => Connected::default(),
-        Origin::Boot | Origin::Clone { .. } => connect(config, machine, &wall, state, record).await?,
+        Origin::Boot | Origin::Clone { .. } => connect(config, machine, &wall, mode, state, record).await?,
     };
 
     let interfaces = connected.connections.taps.len();
@@ -127,7 +160,7 @@ pub(super) async fn make(
     let mut inherited = connected.inherited;
     let qmp = inherited.add(qmp_there);
     let console = inherited.add(console_there);
-    let (mut wake, mut transfer) = (None, Transfer::None);
+    let (mut ports, mut shared_memory, mut transfer) = (None, None, Transfer::None);
     let start = match origin {
         Origin::Boot => Start::Boot {
             kernel: inherited.file(&machine.guest.kernel)?,
@@ -146,14 +179,23 @@ pub(super) async fn make(
                 kernel: inherited.file(&machine.guest.kernel)?,
                 initramfs: inherited.file(&machine.guest.initramfs)?,
                 memory: inherited.add(memory),
-                wake: inherited.add(wake_port(&mut wake)?),
+                ports: make_ports(&mut ports, None, &mut inherited)?,
             }
         }
-        Origin::Clone { memory, state, .. } => {
+        Origin::Clone { memory, state } => {
             transfer = Transfer::From(inherited.add(in_memory(&state)?));
+            let mode = memory.mode();
+            let memory = match memory {
+                Memory::Copy { memory, .. } => memory,
+                Memory::Shared(memory) => {
+                    shared_memory = Some(memory.try_clone().map_err(VmError::io("duplicating descriptors"))?);
+                    memory
+                }
+            };
             Start::Clone {
                 memory: inherited.add(memory),
-                wake: inherited.add(wake_port(&mut wake)?),
+                mode,
+                ports: make_ports(&mut ports, connected.share_port, &mut inherited)?,
             }
         }
     };
@@ -199,10 +241,11 @@ pub(super) async fn make(
         watch,
         qmp,
         begin,
-        wake,
+        ports,
         transfer,
         filling,
         line: connected.line,
+        shared_memory,
         devices: devices::plugged(machine, &descriptors.connections),
         network: connected.network,
     })
@@ -253,6 +296,8 @@ struct Connected {
     connections: Connections,
     helpers: Vec<super::watch::Helper>,
     line: Option<Line>,
+    /// Who serves the shared directory of a guest without virtiofs.
+    share_port: Option<OwnedFd>,
     network: Option<ConfigureNetworkRequest>,
     inherited: Inherited,
 }
@@ -261,6 +306,7 @@ async fn connect(
     config: &Config,
     machine: &Machine,
     wall: &Confinement,
+    mode: Option<CloneMode>,
     state: &StateDir,
     record: &mut Record,
 ) -> Result<Connected, VmError> {
@@ -274,6 +320,16 @@ async fn connect(
         groups: Vec::new(),
         ..another_wall()?
     };
+    let mut connected = Connected::default();
+    if mode == Some(CloneMode::CopyOnWrite) {
+        let server = ShareServer::start(&config.share_server, &state.shared(), confinement)?;
+        note_helper(record, share_server::PROGRAM, &server.process);
+        state.write(record)?;
+        connected.helpers.push((share_server::PROGRAM, server.process));
+        connected.share_port = Some(server.connection);
+        attach(machine, &mut connected).await?;
+        return Ok(connected);
+    }
     let virtiofs = VirtioFs::start(
         &config.virtiofsd,
         &state.shared(),
@@ -290,13 +346,11 @@ async fn connect(
     let line = Line {
         ready: ReadyListener::bind(&vsock.address, wall.uid)?,
         dialer: vsock.dialer(),
+        multiplexed: None,
     };
 
-    let mut connected = Connected {
-        helpers: vec![("virtiofsd", virtiofs.process)],
-        line: Some(line),
-        ..Connected::default()
-    };
+    connected.helpers.push(("virtiofsd", virtiofs.process));
+    connected.line = Some(line);
     let inherited = &mut connected.inherited;
     connected.connections.shared = Some(inherited.add(virtiofs.connection));
     connected.connections.vsock = Some(match vsock.backend {
@@ -311,6 +365,12 @@ async fn connect(
             }
         }
     });
+    attach(machine, &mut connected).await?;
+    Ok(connected)
+}
+
+/// Connects the machine's network.
+async fn attach(machine: &Machine, connected: &mut Connected) -> Result<(), VmError> {
     match &machine.network {
         Network::None => {}
         Network::User { .. } => connected.network = Some(netdev::user_configuration()),
@@ -318,8 +378,8 @@ async fn connect(
             let attached = netdev::attach(netns, redirects).await?;
             for tap in attached.taps {
                 connected.connections.taps.push(devices::Tap {
-                    descriptor: inherited.add(tap.descriptor),
-                    vhost: tap.vhost.map(|vhost| inherited.add(vhost)),
+                    descriptor: connected.inherited.add(tap.descriptor),
+                    vhost: tap.vhost.map(|vhost| connected.inherited.add(vhost)),
                     mac: tap.mac,
                     mtu: tap.mtu,
                 });
@@ -327,7 +387,7 @@ async fn connect(
             connected.network = Some(attached.configuration);
         }
     }
-    Ok(connected)
+    Ok(())
 }
 
 fn note_helper(record: &mut Record, name: &str, process: &Process) {
@@ -337,14 +397,29 @@ fn note_helper(record: &mut Record, name: &str, process: &Process) {
     });
 }
 
-/// Makes the connection of the second serial port: answers QEMU's end, and leaves ours in `here`.
-fn wake_port(here: &mut Option<tokio::net::UnixStream>) -> Result<UnixStream, VmError> {
-    let mut make = || {
-        let (ours, theirs) = UnixStream::pair()?;
-        *here = Some(async_socket(ours)?);
-        Ok(theirs)
+/// Makes the connections of the serial ports, that of the share only where nobody serves it: answers QEMU's ends, and leaves ours in
+/// `here`.
+fn make_ports(
+    here: &mut Option<Ports>,
+    share: Option<OwnedFd>,
+    inherited: &mut Inherited,
+) -> Result<arguments::Ports, VmError> {
+    let make = || {
+        let (ours, agent) = UnixStream::pair()?;
+        let (kept, share) = match share {
+            Some(share) => (None, share),
+            None => UnixStream::pair().map(|(ours, theirs)| (Some(ours), theirs.into()))?,
+        };
+        *here = Some(Ports {
+            agent: async_socket(ours)?,
+            share: kept,
+        });
+        Ok(arguments::Ports {
+            agent: inherited.add(agent),
+            share: inherited.add(share),
+        })
     };
-    make().map_err(VmError::io("making the connection on which the guest is woken"))
+    make().map_err(VmError::io("making the connections of the guest's serial ports"))
 }
 
 /// Makes the socket to which QEMU connects in order to save its devices.

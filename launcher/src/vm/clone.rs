@@ -2,7 +2,7 @@
 
 use std::{fs::File, io, time::Duration};
 
-use coreos_kvm_proto::{SEED_LENGTH, agent::Awakening};
+use coreos_kvm_proto::{READY_PORT, SEED_LENGTH, agent::Awakening};
 use protobuf::Message;
 use tokio::{
     io::AsyncWriteExt,
@@ -11,21 +11,24 @@ use tokio::{
 
 use super::{
     VmError,
-    build::{self, Made, Origin, Transfer},
+    build::{self, Line, Made, Memory, Origin, Ports, Transfer},
     clock,
     plan::{Plan, plan},
     save,
 };
 use crate::{
     carriage::Carriage,
-    config::{Config, Templates},
+    config::{CloneModeChoice, Config, Templates},
     machine::{Machine, Network},
     process::Process,
-    sentence,
+    sentence, share_server,
+    state::{CloneMode, StateDir},
     template::{
         Key, Store, Template, TemplateError,
         memory::{self, Filler, ID},
+        resident,
     },
+    vsock::Multiplexed,
 };
 
 /// Between two looks at whether the template is there that another process makes.
@@ -154,6 +157,8 @@ pub(super) fn give_up_on(store: &Store, key: &Key, error: &VmError, why: &str) {
 pub(super) struct Restore {
     key: Key,
     ids: Ids,
+    /// What is still to be changed in a memory that is shared, as soon as QEMU has mapped it.
+    changes: Vec<(u64, [u8; ID])>,
 }
 
 /// What tells one boot of one machine from all others.
@@ -163,56 +168,93 @@ struct Ids {
 }
 
 impl Found {
-    /// Prepares a clone: its memory, with ids of its own in it, and what comes later.
-    pub(super) fn prepare(self, machine: &Machine) -> Result<(Origin, Restore), VmError> {
+    /// Prepares a clone: its memory, and what comes later.
+    pub(super) async fn prepare(
+        self,
+        config: &Config,
+        machine: &Machine,
+        mode: CloneMode,
+    ) -> Result<(Origin, Restore), VmError> {
         let ids = Ids {
             boot_id: random_id()?,
             machine_id: random_id()?,
         };
-        let Template {
-            manifest,
-            map,
-            data,
-            state,
-            ..
-        } = self.template;
-        let memory = build::empty_memory(machine)?;
+        let manifest = &self.template.manifest;
         let boot_ids = manifest.boot_id_at.iter().map(|place| (*place, ids.boot_id));
         let machine_ids = manifest.machine_id_at.iter().map(|place| (*place, ids.machine_id));
-        let changes = boot_ids.chain(machine_ids).collect();
-        let another = memory.try_clone().map_err(VmError::io("duplicating descriptors"))?;
-        let filler = Filler::new(map, data, another, changes);
-        let key = self.key;
-        let origin = Origin::Clone { memory, filler, state };
-        Ok((origin, Restore { key, ids }))
+        let mut changes: Vec<_> = boot_ids.chain(machine_ids).collect();
+        let mut template = self.template;
+        let state = std::mem::take(&mut template.state);
+        let memory = match mode {
+            CloneMode::Copy => {
+                let memory = build::empty_memory(machine)?;
+                let another = memory.try_clone().map_err(VmError::io("duplicating descriptors"))?;
+                let filler = Filler::new(template.map, template.data, another, std::mem::take(&mut changes));
+                Memory::Copy { memory, filler }
+            }
+            CloneMode::CopyOnWrite => {
+                let state_dir = config.state_dir.clone();
+                let found = tokio::task::spawn_blocking(move || resident::resident(&state_dir, template));
+                Memory::Shared(found.await.map_err(VmError::task)??)
+            }
+        };
+        let restore = Restore {
+            key: self.key,
+            ids,
+            changes,
+        };
+        Ok((Origin::Clone { memory, state }, restore))
+    }
+}
+
+/// In which way the node's clones come to their memory.
+pub(super) fn mode(config: &Config) -> CloneMode {
+    match config.clone_mode {
+        CloneModeChoice::CopyOnWrite => CloneMode::CopyOnWrite,
+        CloneModeChoice::Copy => CloneMode::Copy,
+        CloneModeChoice::Auto => match share_server::find(&config.share_server) {
+            Ok(_) => CloneMode::CopyOnWrite,
+            Err(_) => CloneMode::Copy,
+        },
     }
 }
 
 impl Restore {
     /// Restores the guest, gives it its devices, lets it go on, and tells it who it is.
-    pub(super) async fn wake(self, made: &mut Made) -> Result<(), VmError> {
+    pub(super) async fn wake(self, made: &mut Made, state_dir: &StateDir) -> Result<(), VmError> {
         let Made {
+            qemu,
             watch,
             qmp,
-            wake,
+            ports,
             line,
             devices,
             transfer,
             filling,
+            shared_memory,
             begin,
             ..
         } = made;
-        let (Some(wake), Some(line), Transfer::From(state), Some(filling)) = (wake, line, transfer, filling) else {
+        let (Some(Ports { agent: mut port, share }), Transfer::From(state)) = (ports.take(), transfer) else {
             return Err(VmError::NoTemplate("it has no port to be woken on".to_owned()));
         };
-        let ready_port = line
-            .ready
-            .port()
-            .map_err(VmError::io("asking for the port of the agent's greeting"))?;
+        let ready_port = match line {
+            Some(line) => line
+                .ready
+                .port()
+                .map_err(VmError::io("asking for the port of the agent's greeting"))?,
+            None => READY_PORT,
+        };
+        let serial = line.is_none();
         let woken = async {
             qmp.leave_memory_out().await?;
             // What the devices have left in memory is looked at when they are restored.
-            filled(filling, &self.key).await?;
+            if let Some(filling) = filling {
+                filled(filling, &self.key).await?;
+            }
+            if let Some(memory) = shared_memory {
+                resident::change(qemu.id(), memory, &self.changes).map_err(own_ids)?;
+            }
             qmp.restore_from(format!("fd:{state}")).await?;
             qmp.transferred().await?;
             tracing::debug!(seconds = begin.elapsed().as_secs_f64(), "the clone is restored");
@@ -226,14 +268,35 @@ impl Restore {
                 machine_id: self.ids.machine_id.to_vec(),
                 ready_port,
                 wall_clock_ns: clock::now_ns(),
+                serial,
                 ..Default::default()
             };
-            send(wake, &message).await.map_err(VmError::io("waking the guest"))?;
+            send(&mut port, &message)
+                .await
+                .map_err(VmError::io("waking the guest"))?;
             tracing::debug!(seconds = begin.elapsed().as_secs_f64(), "the clone is told who it is");
             Ok(())
         };
-        watch.during(woken).await
+        watch.during(woken).await?;
+        if serial {
+            let (multiplexed, ready) = Multiplexed::start(port, state_dir.path())?;
+            *line = Some(Line {
+                ready,
+                dialer: multiplexed.dialer(),
+                multiplexed: Some(multiplexed),
+            });
+        } else {
+            *ports = Some(Ports { agent: port, share });
+        }
+        Ok(())
     }
+}
+
+/// A machine that cannot be told from others is not to run.
+fn own_ids(error: io::Error) -> VmError {
+    VmError::NoTemplate(format!(
+        "its ids cannot be written to its memory ({error}); with `clone_mode = \"copy\"` in the configuration that is not needed"
+    ))
 }
 
 /// Waits until the memory is that of the template.
@@ -259,10 +322,10 @@ async fn filled(filling: &Process, key: &Key) -> Result<(), VmError> {
 }
 
 /// The length, 4 bytes, big-endian, and the message.
-async fn send(wake: &mut tokio::net::UnixStream, message: &Awakening) -> io::Result<()> {
+async fn send(port: &mut tokio::net::UnixStream, message: &Awakening) -> io::Result<()> {
     let message = message.write_to_bytes().map_err(io::Error::other)?;
     let length = u32::try_from(message.len()).map_err(io::Error::other)?;
-    wake.write_all(&[&length.to_be_bytes(), message.as_slice()].concat())
+    port.write_all(&[&length.to_be_bytes(), message.as_slice()].concat())
         .await
 }
 

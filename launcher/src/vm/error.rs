@@ -17,6 +17,7 @@ use crate::{
     process::ProcessError,
     provision::ProvisionError,
     qemu::{program::QemuError, qmp::QmpError},
+    share_server::ShareError,
     state::StateError,
     template::TemplateError,
     user::UserError,
@@ -53,6 +54,8 @@ pub enum VmError {
     Vsock(#[from] VsockError),
     #[error(transparent)]
     VirtioFs(#[from] VirtioFsError),
+    #[error(transparent)]
+    Share(#[from] ShareError),
     #[error(transparent)]
     Process(#[from] ProcessError),
     #[error(transparent)]
@@ -95,6 +98,7 @@ impl VmError {
             self,
             Self::Template(_)
                 | Self::NoTemplate(_)
+                | Self::Share(_)
                 | Self::Process(_)
                 | Self::Qmp(_)
                 | Self::Ended { .. }

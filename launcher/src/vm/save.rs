@@ -183,12 +183,12 @@ struct Said {
 
 /// Waits until the agent says that the guest can be saved.
 async fn ready(made: &mut Made) -> Result<Said, VmError> {
-    let Some(wake) = &mut made.wake else {
+    let Some(ports) = &mut made.ports else {
         return Err(VmError::NoTemplate("it has no port to say that it is ready".to_owned()));
     };
     let said = made.watch.during(async {
         let no = VmError::io("waiting for the guest to be quiet");
-        receive(wake).await.map_err(no)
+        receive(&mut ports.agent).await.map_err(no)
     });
     let said = said.await?;
     let odd = |what: &str| VmError::NoSleep(what.to_owned());
@@ -211,8 +211,8 @@ async fn ready(made: &mut Made) -> Result<Said, VmError> {
     })
 }
 
-async fn receive(wake: &mut UnixStream) -> io::Result<Vec<u8>> {
-    let length = wake.read_u32().await? as usize;
+async fn receive(port: &mut UnixStream) -> io::Result<Vec<u8>> {
+    let length = port.read_u32().await? as usize;
     if length > WAKE_MAX {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
@@ -220,7 +220,7 @@ async fn receive(wake: &mut UnixStream) -> io::Result<Vec<u8>> {
         ));
     }
     let mut message = vec![0; length];
-    wake.read_exact(&mut message).await?;
+    port.read_exact(&mut message).await?;
     Ok(message)
 }
 

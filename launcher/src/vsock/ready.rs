@@ -6,10 +6,11 @@ use std::{
     path::PathBuf,
 };
 
-use coreos_kvm_proto::{GREETING, GREETING_MAX, PROTOCOL, READY_PORT};
+use coreos_kvm_proto::{GREETING, GREETING_MAX, PROTOCOL, READY_PORT, mux::Arrival};
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
     net::UnixListener,
+    sync::{Mutex, mpsc},
 };
 
 use super::{VsockError, open_folder};
@@ -46,9 +47,15 @@ enum Listener {
         listener: tokio_vsock::VsockListener,
         cid: u32,
     },
+    Multiplexed(Mutex<mpsc::Receiver<Arrival>>),
 }
 
 impl ReadyListener {
+    /// For a guest whose connections are multiplexed: those for [`READY_PORT`].
+    pub(super) fn of(arrivals: mpsc::Receiver<Arrival>) -> Self {
+        Self(Listener::Multiplexed(Mutex::new(arrivals)))
+    }
+
     /// Listens for the guest of that vsock address; `uid` is the user of the device's process, who has to reach the socket.
     ///
     /// # Errors
@@ -84,7 +91,7 @@ impl ReadyListener {
     /// When the kernel does not say.
     pub fn port(&self) -> io::Result<u32> {
         match &self.0 {
-            Listener::Unix { .. } => Ok(READY_PORT),
+            Listener::Unix { .. } | Listener::Multiplexed(_) => Ok(READY_PORT),
             Listener::Vsock { listener, .. } => Ok(listener.local_addr()?.port()),
         }
     }
@@ -96,6 +103,11 @@ impl ReadyListener {
     pub async fn greeted(&self) -> Result<(), GreetingError> {
         match &self.0 {
             Listener::Unix { listener, .. } => check(listener.accept().await?.0).await,
+            Listener::Multiplexed(arrivals) => {
+                let arrival = arrivals.lock().await.recv().await;
+                let arrival = arrival.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
+                check(arrival.take().await?).await
+            }
             Listener::Vsock { listener, cid } => loop {
                 let (stream, peer) = listener.accept().await?;
                 // Any guest of the node can dial this port; only ours counts.

@@ -10,9 +10,9 @@ use std::{
 
 use coreos_kvm_launcher::{
     accel,
-    config::{self, Config, Templates},
+    config::{self, CloneModeChoice, Config, Templates},
     guest::Guest,
-    program, qemu, sentence,
+    program, qemu, sentence, share_server,
     state::{CloneMode, StateDir},
     template::{Manifest, Store},
 };
@@ -164,9 +164,16 @@ fn clones(config: &Config) -> Result<String, String> {
         .filter_map(|entry| entry.manifest.as_ref().ok())
         .map(Manifest::bytes)
         .sum();
+    let mode = match (config.clone_mode, share_server::find(&config.share_server)) {
+        (CloneModeChoice::CopyOnWrite, Err(error)) => return Err(sentence(&error)),
+        (CloneModeChoice::Copy, _) => "copy, as the configuration says".to_owned(),
+        (CloneModeChoice::Auto, Err(error)) => format!("{}, for {}", CloneMode::Copy, sentence(&error)),
+        (CloneModeChoice::Auto | CloneModeChoice::CopyOnWrite, Ok(server)) => {
+            format!("{}, their files by {}", CloneMode::CopyOnWrite, server.display())
+        }
+    };
     Ok(format!(
-        "by {}, for virtiofsd shares the memory of a guest that has containers; {} templates in {}, {} of {}",
-        CloneMode::Copy,
+        "by {mode}; {} templates in {}, {} of {}",
         entries.len(),
         config.template_dir.display(),
         mib(bytes),

@@ -1,0 +1,226 @@
+//! The directory that the host shares. A machine has it by virtiofs; a clone whose memory is shared copy-on-write has no such device,
+//! and mounts it by FUSE: this process carries the kernel's requests to a serial port and the host's replies back, and understands
+//! neither (linux/fuse.h).
+
+use std::{
+    fs::{DirBuilder, File},
+    io::{self, Read as _, Write as _},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::DirBuilderExt,
+    },
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use coreos_kvm_proto::{SHARE_SERIAL_PORT, SHARED_MOUNT};
+use nix::{
+    mount::{MsFlags, mount},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+use tokio::time::{Instant, sleep};
+
+use crate::{error::AgentError, last_words, serial};
+
+/// The virtiofs device may still be on its way through the kernel.
+const DEVICE: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_millis(20);
+
+const FUSE: &str = "/dev/fuse";
+/// Longest message that the host takes: what virtiofsd lets the kernel write or read at once, and headers. In bytes. The kernel fills
+/// as much with what it forgets.
+const MESSAGE_MAX: usize = (1 << 20) + 4096;
+/// `struct fuse_out_header` of linux/fuse.h: length (u32), error, number of the request.
+const REPLY_HEADER: usize = 16;
+/// linux/prctl.h; the crate's own constants lack it.
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
+
+/// How the directory comes to the machine.
+#[derive(Debug, Default)]
+pub(crate) struct Share {
+    by_serial_port: AtomicBool,
+}
+
+impl Share {
+    /// It comes by a serial port, from now on.
+    pub(crate) fn comes_by_serial_port(&self) {
+        self.by_serial_port.store(true, Ordering::Relaxed);
+    }
+
+    /// Mounts it; an empty tag shares nothing.
+    ///
+    /// # Errors
+    /// When it cannot be mounted.
+    pub(crate) async fn mount(&self, tag: &str) -> Result<(), AgentError> {
+        if tag.is_empty() {
+            return Ok(());
+        }
+        let made: io::Result<()> = DirBuilder::new().recursive(true).mode(0o755).create(SHARED_MOUNT);
+        made.map_err(AgentError::failed(format!("making {SHARED_MOUNT} failed")))?;
+        let failed =
+            |error: io::Error| AgentError::failed(format!("mounting the shared directory {tag} failed"))(error);
+        if self.by_serial_port.load(Ordering::Relaxed) {
+            mount_fuse(tag).map_err(failed)
+        } else {
+            mount_virtiofs(tag).await.map_err(failed)
+        }
+    }
+}
+
+async fn mount_virtiofs(tag: &str) -> io::Result<()> {
+    let deadline = Instant::now() + DEVICE;
+    loop {
+        match mount(
+            Some(tag),
+            SHARED_MOUNT,
+            Some("virtiofs"),
+            MsFlags::empty(),
+            None::<&str>,
+        ) {
+            // No device with that tag, so far.
+            Err(nix::Error::EINVAL | nix::Error::ENODEV) if Instant::now() < deadline => sleep(LOOK).await,
+            mounted => return Ok(mounted?),
+        }
+    }
+}
+
+/// Mounts with the options that virtiofs has: Documentation/filesystems/fuse.rst.
+fn mount_fuse(tag: &str) -> io::Result<()> {
+    let port = Arc::new(serial::open_port(SHARE_SERIAL_PORT)?);
+    let fuse = Arc::new(File::options().read(true).write(true).open(FUSE)?);
+    let options = format!(
+        "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
+        fuse.as_raw_fd()
+    );
+    mount(
+        Some(tag),
+        SHARED_MOUNT,
+        Some("fuse"),
+        MsFlags::empty(),
+        Some(options.as_str()),
+    )?;
+    // Threads of their own, for any other of this process may be the one that waits for a file.
+    carry("share-requests", &fuse, &port, requests)?;
+    carry("share-replies", &fuse, &port, replies)
+}
+
+fn carry(
+    name: &str,
+    fuse: &Arc<File>,
+    port: &Arc<OwnedFd>,
+    work: fn(&File, &OwnedFd) -> io::Result<()>,
+) -> io::Result<()> {
+    let (fuse, port) = (fuse.clone(), port.clone());
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    let carried = move || {
+        // Memory that this thread needs is not to be had by writing files back, which would wait for this thread: prctl(2).
+        // SAFETY: prctl(2) with numbers alone. A kernel that does not know it lacks a precaution.
+        unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
+        if let Err(error) = work(&fuse, &port) {
+            // Whoever waits for a file would wait for ever.
+            last_words(&anyhow::Error::new(error).context("carrying the shared directory's files"));
+            std::process::exit(1);
+        }
+    };
+    thread.spawn(carried).map(drop)
+}
+
+/// Carries requests out, until the directory is unmounted.
+fn requests(mut fuse: &File, port: &OwnedFd) -> io::Result<()> {
+    let mut request = vec![0; MESSAGE_MAX];
+    loop {
+        match fuse.read(&mut request) {
+            Ok(length) => write_all(port, &request[..length])?,
+            // Whoever asked does not want to know any more.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINTR)) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Carries replies in.
+fn replies(mut fuse: &File, port: &OwnedFd) -> io::Result<()> {
+    let mut buffer = vec![0; MESSAGE_MAX];
+    let mut filled = 0;
+    loop {
+        filled += read(port, &mut buffer[filled..])?;
+        let mut begin = 0;
+        while let Some(length) = reply(&buffer[begin..filled])? {
+            match fuse.write(&buffer[begin..begin + length]) {
+                Ok(_) => {}
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT)) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+            begin += length;
+        }
+        buffer.copy_within(begin..filled, 0);
+        filled -= begin;
+    }
+}
+
+/// Length of the reply at the beginning of `bytes`; None as long as it is not there in full.
+fn reply(bytes: &[u8]) -> io::Result<Option<usize>> {
+    let Some(length) = bytes.first_chunk().map(|length| u32::from_ne_bytes(*length)) else {
+        return Ok(None);
+    };
+    match usize::try_from(length) {
+        Ok(length) if (REPLY_HEADER..=MESSAGE_MAX).contains(&length) => Ok((length <= bytes.len()).then_some(length)),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("a reply of {length} bytes is none"),
+        )),
+    }
+}
+
+fn read(port: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match nix::unistd::read(port, buffer) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => return Ok(count),
+            Err(nix::Error::EAGAIN) => wait(port, PollFlags::POLLIN)?,
+            Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn write_all(port: &OwnedFd, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match nix::unistd::write(port, bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(nix::Error::EAGAIN) => wait(port, PollFlags::POLLOUT)?,
+            Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Waits as long as the host has nothing to say or takes nothing: its own bounds are what ends a machine that hangs.
+fn wait(port: &OwnedFd, event: PollFlags) -> io::Result<()> {
+    match poll(&mut [PollFd::new(port.as_fd(), event)], PollTimeout::NONE) {
+        Ok(_) | Err(nix::Error::EINTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reply_is_carried_when_it_is_there_in_full() {
+        let mut bytes = 20_u32.to_ne_bytes().to_vec();
+        assert_eq!(reply(&bytes[..3]).unwrap(), None);
+        assert_eq!(reply(&bytes).unwrap(), None);
+        bytes.resize(30, 0);
+        assert_eq!(reply(&bytes).unwrap(), Some(20));
+        assert!(reply(&15_u32.to_ne_bytes()).is_err());
+        assert!(reply(&u32::MAX.to_ne_bytes()).is_err());
+    }
+}

@@ -1,0 +1,335 @@
+//! A template's memory in this node's: a file that nobody can change any more, which all clones of the template map copy-on-write. It
+//! has no name and lasts as long as a machine uses it; the launchers that hold it open stand in a register, from which the next one
+//! has it.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    os::{
+        fd::{AsFd, AsRawFd, RawFd},
+        unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    fcntl::{FcntlArg, Flock, FlockArg, SealFlag, fcntl},
+    sys::memfd::{MFdFlags, memfd_create},
+};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Manifest, Template, TemplateError,
+    memory::{Filler, ID, is_damage},
+};
+use crate::state::{ProcessId, make_state_dir, read_bounded};
+
+/// Whoever fills a memory has the register meanwhile: some tenths of a second for a memory of usual size.
+const REGISTER: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_millis(2);
+
+/// A launcher that holds the memory open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Holder {
+    process: ProcessId,
+    descriptor: RawFd,
+    /// Of the file, so that a descriptor of that number that is something else is not taken for it.
+    inode: u64,
+    /// Which making of the template it is: [`making`].
+    making: String,
+}
+
+/// A template that is made anew has the same key and another memory.
+fn making(manifest: &Manifest) -> String {
+    format!(
+        "{} {:08x} {:08x}",
+        manifest.created, manifest.map_crc, manifest.state_crc
+    )
+}
+
+/// Nobody can write to such a memory, make it longer or shorter, or take that back: fcntl(2), F_ADD_SEALS. Mapping it privately is
+/// all that is left.
+fn seals() -> SealFlag {
+    SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL
+}
+
+/// The memory of `template`, from a launcher that has it, or filled and checked. It is accounted to this process, and not to the
+/// machine that happens to be the first. Blocks, for as long as copying takes.
+///
+/// # Errors
+/// When the template is damaged, and of the system.
+pub fn resident(state_dir: &Path, template: Template) -> Result<File, TemplateError> {
+    let path = register_of(state_dir, &template.manifest.key);
+    let failed = |what: &'static str| TemplateError::io::<io::Error>(what, &path);
+    make_state_dir(state_dir).map_err(|error| failed("making the folder of")(io::Error::other(error)))?;
+    let mut register = lock(&path).map_err(failed("locking"))?;
+    let making = making(&template.manifest);
+    let size = template.manifest.memory_mib << 20;
+    // Whatever cannot be read are nobody's holders: then the memory is filled once more, and written anew.
+    let holders: Vec<Holder> = serde_json::from_slice(&read_bounded(&path).unwrap_or_default()).unwrap_or_default();
+    let mut holders: Vec<_> = holders.into_iter().filter(|holder| holder.process.is_alive()).collect();
+    let found = holders
+        .iter()
+        .filter(|holder| holder.making == making)
+        .find_map(|holder| holder.open(size));
+    let memory = match found {
+        Some(memory) => memory,
+        None => fill(template, size)?,
+    };
+    if let Some(process) = ProcessId::of(std::process::id()) {
+        let inode = memory.metadata().map_err(failed("looking at the memory of"))?.ino();
+        holders.push(Holder {
+            process,
+            descriptor: memory.as_raw_fd(),
+            inode,
+            making,
+        });
+    }
+    let write = |register: &mut File| {
+        let text = serde_json::to_vec(&holders)?;
+        register.set_len(0)?;
+        register.write_all_at(&text, 0)?;
+        register.flush()
+    };
+    // Without it the next one fills a memory of its own.
+    if let Err(error) = write(&mut register) {
+        tracing::warn!(register = %path.display(), %error, "that a template's memory is here is not written down");
+    }
+    Ok(memory)
+}
+
+fn register_of(state_dir: &Path, key: &str) -> PathBuf {
+    state_dir.join(format!("memory-{key}.json"))
+}
+
+fn lock(path: &Path) -> io::Result<Flock<File>> {
+    let deadline = Instant::now() + REGISTER;
+    let mut file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)?;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((back, nix::Error::EWOULDBLOCK)) if Instant::now() < deadline => file = back,
+            Err((_, error)) => return Err(error.into()),
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+impl Holder {
+    /// The memory, if it is still there as it was.
+    fn open(&self, size: u64) -> Option<File> {
+        let pid = Pid::from_raw(i32::try_from(self.process.pid).ok()?)?;
+        let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+        // After the descriptor is open, the number is no other process's.
+        if !self.process.is_alive() {
+            return None;
+        }
+        let memory = File::from(pidfd_getfd(process.as_fd(), self.descriptor, PidfdGetfdFlags::empty()).ok()?);
+        let metadata = memory.metadata().ok()?;
+        let sealed = fcntl(&memory, FcntlArg::F_GET_SEALS).ok()?;
+        let same = (metadata.ino(), metadata.len()) == (self.inode, size);
+        (same && SealFlag::from_bits_truncate(sealed).contains(seals())).then_some(memory)
+    }
+}
+
+fn fill(template: Template, size: u64) -> Result<File, TemplateError> {
+    let key = template.manifest.key;
+    let make = || {
+        let memory = File::from(memfd_create(
+            c"template",
+            MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
+        )?);
+        memory.set_len(size)?;
+        Filler::new(template.map, template.data, memory.try_clone()?, Vec::new()).fill()?;
+        fcntl(&memory, FcntlArg::F_ADD_SEALS(seals()))?;
+        Ok(memory)
+    };
+    make().map_err(|error: io::Error| {
+        if is_damage(&error) {
+            TemplateError::damaged(&key, "its memory is not the one that was saved")
+        } else {
+            TemplateError::io("copying the memory of the template", Path::new(&key))(error)
+        }
+    })
+}
+
+/// Writes to what `process` has mapped of `memory`, which becomes its own thereby: each change is a place, in bytes from the memory's
+/// beginning, and what is to be there.
+///
+/// # Errors
+/// Of /proc/PID/mem, proc_pid_mem(5); `NotFound` when the process has not mapped all of the memory privately.
+pub fn change(process: ProcessId, memory: &File, changes: &[(u64, [u8; ID])]) -> io::Result<()> {
+    let metadata = memory.metadata()?;
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", process.pid))?;
+    let mapping = maps.lines().find_map(|line| mapping(line, metadata.ino()));
+    let (begin, length) = mapping.filter(|(_, length)| *length >= metadata.len()).ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::NotFound,
+            "QEMU has not mapped its guest's memory for itself",
+        )
+    })?;
+    let own = File::options().write(true).open(format!("/proc/{}/mem", process.pid))?;
+    for (place, content) in changes {
+        if place.saturating_add(ID as u64) > length {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        own.write_all_at(content, begin + place)?;
+    }
+    Ok(())
+}
+
+/// Address and length of a line of proc_pid_maps(5) that maps the beginning of that inode privately, to be read and written.
+fn mapping(line: &str, inode: u64) -> Option<(u64, u64)> {
+    let mut fields = line.split_ascii_whitespace();
+    let (begin, end) = fields.next()?.split_once('-')?;
+    let (access, offset, _device, number) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
+    let hexadecimal = |text| u64::from_str_radix(text, 16).ok();
+    let (begin, end) = (hexadecimal(begin)?, hexadecimal(end)?);
+    let ours = access == "rw-p" && hexadecimal(offset)? == 0 && number.parse() == Ok(inode);
+    ours.then(|| end.checked_sub(begin).map(|length| (begin, length)))?
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+
+    use super::*;
+    use crate::{accel::Acceleration, template::memory};
+
+    const KEY: &str = "00112233445566778899aabbccddeeff";
+    const SIZE: u64 = 1 << 20;
+
+    fn template(root: &Path, created: u64, fill: u8) -> Template {
+        let memory = tempfile::tempfile_in(root).unwrap();
+        memory.set_len(SIZE).unwrap();
+        memory.write_all_at(&[fill; 4096], 8192).unwrap();
+        let mut data = tempfile::tempfile_in(root).unwrap();
+        let saved = memory::save(&memory, SIZE, &mut data, &[[9; ID]]).unwrap();
+        let manifest = Manifest {
+            key: KEY.to_owned(),
+            guest: "reference".to_owned(),
+            vcpus: 1,
+            memory_mib: 1,
+            acceleration: Acceleration::Tcg,
+            qemu: "7.2".to_owned(),
+            own: false,
+            created,
+            data_bytes: 4096,
+            state_bytes: 0,
+            map_bytes: 16,
+            state_crc: 0,
+            map_crc: 0,
+            boot_id_at: Vec::new(),
+            machine_id_at: Vec::new(),
+        };
+        Template {
+            folder: root.to_owned(),
+            manifest,
+            map: saved.map,
+            data,
+            state: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn machines_of_one_template_have_the_same_memory_as_long_as_one_of_them_is_there() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path();
+        let inode = |memory: &File| memory.metadata().unwrap().ino();
+        let first = resident(path, template(path, 1, 7)).unwrap();
+        let second = resident(path, template(path, 1, 7)).unwrap();
+        assert_eq!(inode(&first), inode(&second));
+        let number = inode(&first);
+        drop(first);
+        let third = resident(path, template(path, 1, 7)).unwrap();
+        assert_eq!(inode(&third), number);
+        drop((second, third));
+        let fourth = resident(path, template(path, 1, 7)).unwrap();
+        assert_ne!(inode(&fourth), number, "nobody holds it any more");
+    }
+
+    #[test]
+    fn a_template_that_was_made_anew_has_another_memory() {
+        let root = tempfile::tempdir().unwrap();
+        let old = resident(root.path(), template(root.path(), 1, 7)).unwrap();
+        let new = resident(root.path(), template(root.path(), 2, 8)).unwrap();
+        let byte = |memory: &File| {
+            let mut byte = [0];
+            memory.read_exact_at(&mut byte, 8192).unwrap();
+            byte[0]
+        };
+        assert_eq!((byte(&old), byte(&new)), (7, 8));
+    }
+
+    #[test]
+    fn nobody_can_change_it() {
+        let root = tempfile::tempdir().unwrap();
+        let memory = resident(root.path(), template(root.path(), 1, 7)).unwrap();
+        assert!(memory.write_all_at(b"x", 0).is_err());
+        assert!(memory.set_len(SIZE * 2).is_err());
+        let again = File::options()
+            .read(true)
+            .write(true)
+            .open(format!("/proc/self/fd/{}", memory.as_raw_fd()))
+            .unwrap();
+        assert!(again.write_all_at(b"x", 0).is_err());
+        let length = std::num::NonZeroUsize::new(SIZE as usize).unwrap();
+        // SAFETY: a new mapping, which is not used.
+        let shared = unsafe { mmap(None, length, ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, &again, 0) };
+        assert!(shared.is_err());
+    }
+
+    #[test]
+    fn damage_is_noticed() {
+        let root = tempfile::tempdir().unwrap();
+        let template = template(root.path(), 1, 7);
+        template.data.write_all_at(b"x", 17).unwrap();
+        let error = resident(root.path(), template).unwrap_err();
+        assert!(matches!(error, TemplateError::Damaged { .. }), "{error}");
+    }
+
+    #[test]
+    fn another_file_of_that_number_and_a_register_of_nonsense_are_not_believed() {
+        let root = tempfile::tempdir().unwrap();
+        let memory = resident(root.path(), template(root.path(), 1, 7)).unwrap();
+        let number = memory.as_raw_fd();
+        drop(memory);
+        let other = OwnedFd::from(tempfile::tempfile().unwrap());
+        // SAFETY: the number was closed above, and other tests open theirs elsewhere or are served an error by this one's checks.
+        let _ = unsafe { libc::fcntl(other.as_raw_fd(), libc::F_DUPFD_CLOEXEC, number) };
+        let memory = resident(root.path(), template(root.path(), 1, 7)).unwrap();
+        assert!(memory.write_all_at(b"x", 0).is_err());
+        std::fs::write(register_of(root.path(), KEY), "{").unwrap();
+        resident(root.path(), template(root.path(), 1, 7)).unwrap();
+    }
+
+    #[test]
+    fn what_a_process_has_mapped_is_changed_for_it_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let memory = resident(root.path(), template(root.path(), 1, 7)).unwrap();
+        let me = ProcessId::of(std::process::id()).unwrap();
+        assert!(change(me, &memory, &[]).is_err(), "nothing is mapped");
+        let length = std::num::NonZeroUsize::new(SIZE as usize).unwrap();
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping, read below within its length.
+        let mapped = unsafe { mmap(None, length, access, MapFlags::MAP_PRIVATE, &memory, 0) }.unwrap();
+        change(me, &memory, &[(8192, [5; ID])]).unwrap();
+        // SAFETY: the mapping is that long.
+        let bytes = unsafe { std::slice::from_raw_parts(mapped.as_ptr().cast::<u8>().add(8192), ID + 1) };
+        assert_eq!(bytes, [[5; ID].as_slice(), &[7]].concat());
+        let mut there = [0; ID];
+        memory.read_exact_at(&mut there, 8192).unwrap();
+        assert_eq!(there, [7; ID]);
+        assert!(change(me, &memory, &[(SIZE - 1, [5; ID])]).is_err());
+    }
+}
