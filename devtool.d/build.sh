@@ -17,7 +17,8 @@ build_everything() {
 }
 
 build_programs() {
-  cargo build --release --locked -p coreos-kvm-agent -p coreos-kvm-launcher -p containerd-shim-coreos-kvm
+  cargo build --release --locked \
+    -p coreos-kvm-agent -p coreos-kvm-launcher -p coreos-kvm-share -p containerd-shim-coreos-kvm
 }
 
 # Same agent, same bytes: time stamps, owner and UUID are fixed.
