@@ -19,7 +19,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT, desc::split::Descriptor};
 use virtiofsd::{
     descriptor_utils::{self, Reader, Writer},
     filesystem::FileSystem,
-    fuse::{InHeader, Opcode, OutHeader, ReadIn, WriteIn},
+    fuse::{BatchForgetIn, ForgetOne, InHeader, Opcode, OutHeader, ReadIn, WriteIn},
     server::Server,
 };
 use vm_memory::{
@@ -30,7 +30,7 @@ use vm_memory::{
 /// Bytes of data in one request or reply, as virtiofsd's server tells the guest's kernel in its reply to INIT (`max_write`).
 const MOST_DATA: u32 = 1 << 20;
 /// Bytes of a whole request or reply: the data, and more than any header needs. virtiofsd's bound for requests.
-const LONGEST: u32 = MOST_DATA + 0x1000;
+pub(crate) const LONGEST: u32 = MOST_DATA + 0x1000;
 
 // Where things are in the memory.
 const DESCRIPTORS: u64 = 0;
@@ -70,6 +70,8 @@ pub(crate) enum ConnectionError {
     Truncated,
     #[error("the guest wants {told} bytes written and sent {sent}")]
     WriteSize { told: u32, sent: u32 },
+    #[error("the guest forgets {told} nodes in a request of {length} bytes")]
+    Forgets { told: u32, length: u32 },
     #[error("the guest sent a malformed request of kind {opcode}")]
     Malformed {
         opcode: u32,
@@ -149,6 +151,10 @@ impl Connection {
     /// When the guest does not keep to the protocol, or the connection breaks.
     pub(crate) fn serve<F: FileSystem + Sync>(&mut self, server: &Server<F>) -> Result<(), ConnectionError> {
         while let Some(request) = self.next()? {
+            if request.header.opcode == Opcode::BatchForget as u32 {
+                self.forget(server, request)?;
+                continue;
+            }
             let reply = self.answer(server, request)?;
             if reply > 0 && !self.send(reply)? {
                 break;
@@ -238,6 +244,40 @@ impl Connection {
                 opcode: header.opcode,
                 source,
             })
+    }
+
+    /// Serves a BATCH_FORGET, which has no reply; it has no number of its own either, so that an error in its place would be
+    /// taken for something else. The kernel fills its reader's buffer with what it forgets, which may be a little more than
+    /// virtiofsd takes at once: it gets it in parts, each of which has its head where the last part's end was.
+    fn forget<F: FileSystem + Sync>(&mut self, server: &Server<F>, request: Request) -> Result<(), ConnectionError> {
+        const HEAD: u32 = (size_of::<InHeader>() + size_of::<BatchForgetIn>()) as u32;
+        const ONE: u32 = size_of::<ForgetOne>() as u32;
+        let Request { header, mut address } = request;
+        let body = |address| GuestAddress(address + size_of::<InHeader>() as u64);
+        let mut left = match header.len.checked_sub(HEAD) {
+            Some(_) => self.memory.read_obj::<BatchForgetIn>(body(address))?.count,
+            None => 0,
+        };
+        if left.checked_mul(ONE).and_then(|length| length.checked_add(HEAD)) != Some(header.len) {
+            return Err(ConnectionError::Forgets {
+                told: left,
+                length: header.len,
+            });
+        }
+        while left > 0 {
+            let count = left.min(MOST_DATA / ONE);
+            let header = InHeader {
+                len: HEAD + count * ONE,
+                ..header
+            };
+            self.memory.write_obj(header, GuestAddress(address))?;
+            self.memory
+                .write_obj(BatchForgetIn { count, dummy: 0 }, body(address))?;
+            self.answer(server, Request { header, address })?;
+            address += u64::from(count * ONE);
+            left -= count;
+        }
+        Ok(())
     }
 
     /// Bytes that the reply may have. virtiofsd reads as much of a file as there is room, for a virtio driver leaves no more

@@ -2,15 +2,16 @@
 //!
 //! For machines that cannot have virtiofs: a clone has its memory copy-on-write, and a vhost-user device needs memory that is
 //! shared. In the guest somebody opens /dev/fuse, mounts it, and carries what the kernel asks to this program, and its
-//! replies back. The file system is virtiofsd's own, in its own sandbox, with the options that [`launcher`] gives virtiofsd,
-//! so that a pod finds the same files whatever its machine is.
+//! replies back. The file system is virtiofsd's own, in its own sandbox, with the options that the launcher gives virtiofsd
+//! (launcher/src/virtiofs.rs), so that a pod finds the same files whatever its machine is.
+//!
+//! Whoever carries reads the device into a buffer no longer than a request may be ([`connection::LONGEST`]), for the kernel fills
+//! it with what it forgets; and mounts with `default_permissions`, which the kernel has to check, as it does on virtiofs.
 //!
 //! - [`confinement`]: the process's namespaces, root directory, system calls and capabilities;
 //! - [`connection`]: requests and replies on the socket;
 //! - [`share`]: the file system as the guest sees it;
 //! - [`inode_numbers`]: which number a file has in the guest.
-//!
-//! [`launcher`]: ../../launcher/src/virtiofs.rs
 
 mod confinement;
 mod connection;

@@ -147,7 +147,9 @@ impl Served {
 
     pub(crate) fn spawn(theirs: OwnedFd, shared: &Path) -> Child {
         let number = theirs.as_raw_fd();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_coreos-kvm-share"));
+        // Or another build: that of a release is what is installed.
+        let program = std::env::var_os("COREOS_KVM_SHARE");
+        let mut command = Command::new(program.unwrap_or_else(|| env!("CARGO_BIN_EXE_coreos-kvm-share").into()));
         command
             .arg(format!("--fd={number}"))
             .arg(format!("--shared-dir={}", shared.display()))
