@@ -15,9 +15,9 @@ use std::{
 
 use common::{Place, run};
 use coreos_kvm_launcher::{
-    config::{Config, Templates},
+    config::{CloneModeChoice, Config, Templates},
     machine::Machine,
-    state::Origin,
+    state::{CloneMode, Origin},
     template::Store,
     vm::{self, Vm},
 };
@@ -80,9 +80,16 @@ async fn end(place: &Place, vms: Vec<Vm>, machines: &[Machine]) {
     }
 }
 
-fn assert_clone(vm: &Vm) {
+fn assert_clone(place: &Place, vm: &Vm) {
     let origin = vm.info().record.origin;
-    assert!(matches!(origin, Some(Origin::Clone { .. })), "{origin:?}");
+    let Some(Origin::Clone { mode, .. }) = origin else {
+        panic!("the machine is no clone: {origin:?}");
+    };
+    let wanted = match place.config.clone_mode {
+        CloneModeChoice::Copy => CloneMode::Copy,
+        CloneModeChoice::CopyOnWrite | CloneModeChoice::Auto => CloneMode::CopyOnWrite,
+    };
+    assert_eq!(mode, wanted);
 }
 
 async fn text(vm: &Vm, script: &str) -> String {
@@ -147,9 +154,12 @@ async fn identity(vm: &Vm) -> Vec<String> {
     vec![random, boot_id, machine_id, file_id, sequence_id]
 }
 
+#[rstest::rstest]
+#[case::copy_on_write(CloneModeChoice::CopyOnWrite)]
+#[case::copy(CloneModeChoice::Copy)]
 #[tokio::test]
-async fn no_two_of_twenty_clones_share_an_identity_and_all_know_the_time() {
-    let place = Place::new().await;
+async fn no_two_of_twenty_clones_share_an_identity_and_all_know_the_time(#[case] mode: CloneModeChoice) {
+    let place = Place::of(mode).await;
     let folder = with_template(&place, &cloneable(&place, "any")).await;
     let age = fs::metadata(&folder).unwrap().modified().unwrap().elapsed().unwrap();
     // A clone whose clock was not set would be behind by that.
@@ -162,7 +172,7 @@ async fn no_two_of_twenty_clones_share_an_identity_and_all_know_the_time() {
         let starts = machines.iter().map(|machine| Vm::start(&place.config, machine.clone()));
         let vms: Vec<_> = join_all(starts).await.into_iter().map(Result::unwrap).collect();
         for vm in &vms {
-            assert_clone(vm);
+            assert_clone(&place, vm);
             for id in identity(vm).await {
                 assert!(all.insert(id.clone()), "{id} is not one clone's alone");
             }
@@ -174,13 +184,16 @@ async fn no_two_of_twenty_clones_share_an_identity_and_all_know_the_time() {
     assert_eq!(all.len(), 100);
 }
 
+#[rstest::rstest]
+#[case::copy_on_write(CloneModeChoice::CopyOnWrite)]
+#[case::copy(CloneModeChoice::Copy)]
 #[tokio::test]
-async fn a_clone_goes_on_when_its_template_is_removed_and_ends_in_order() {
-    let place = Place::new().await;
+async fn a_clone_goes_on_when_its_template_is_removed_and_ends_in_order(#[case] mode: CloneModeChoice) {
+    let place = Place::of(mode).await;
     let machine = cloneable(&place, "orphan");
     let folder = with_template(&place, &machine).await;
     let vm = Vm::start(&place.config, machine.clone()).await.unwrap();
-    assert_clone(&vm);
+    assert_clone(&place, &vm);
     store(&place.config)
         .remove(folder.file_name().unwrap().to_str().unwrap())
         .unwrap();
@@ -202,9 +215,12 @@ async fn a_clone_goes_on_when_its_template_is_removed_and_ends_in_order() {
     place.assert_nothing_is_left(&machine);
 }
 
+#[rstest::rstest]
+#[case::copy_on_write(CloneModeChoice::CopyOnWrite)]
+#[case::copy(CloneModeChoice::Copy)]
 #[tokio::test]
-async fn one_bit_of_a_templates_memory_that_is_wrong_has_the_machine_boot() {
-    let place = Place::new().await;
+async fn one_bit_of_a_templates_memory_that_is_wrong_has_the_machine_boot(#[case] mode: CloneModeChoice) {
+    let place = Place::of(mode).await;
     let machine = cloneable(&place, "damaged");
     let folder = with_template(&place, &machine).await;
     let memory = fs::File::options()
@@ -338,7 +354,7 @@ async fn machines_that_start_at_once_make_one_template_and_are_its_clones() {
     let begin = Instant::now();
     let starts = machines.iter().map(|machine| Vm::start(&place.config, machine.clone()));
     let vms: Vec<_> = join_all(starts).await.into_iter().map(Result::unwrap).collect();
-    vms.iter().for_each(assert_clone);
+    vms.iter().for_each(|vm| assert_clone(&place, vm));
     end(&place, vms, &machines).await;
     let entries = store(&place.config).entries().unwrap();
     assert_eq!(entries.len(), 1);

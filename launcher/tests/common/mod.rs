@@ -15,7 +15,7 @@ use std::{
 use coreos_kvm_launcher::{
     accel::AccelerationChoice,
     agent::{AgentClient, ProcessName},
-    config::Config,
+    config::{CloneModeChoice, Config},
     guest::Guest,
     machine::{Configuration, Machine, Network},
     state::{self, StateDir},
@@ -61,6 +61,11 @@ pub struct Place {
 
 impl Place {
     pub async fn new() -> Self {
+        Self::of(CloneModeChoice::CopyOnWrite).await
+    }
+
+    /// One whose clones come to their memory in that way.
+    pub async fn of(clone_mode: CloneModeChoice) -> Self {
         let turn = TURN.lock().await;
         assert!(nix::unistd::geteuid().is_root(), "machines are started by root");
         let tools = present("COREOS_KVM_TOOLS", cache().join("tools/bin"), "`devtool setup`");
@@ -73,6 +78,8 @@ impl Place {
             template_dir: root.path().join("templates"),
             virtiofsd: tools.join("virtiofsd"),
             vhost_device_vsock: tools.join("vhost-device-vsock"),
+            share_server: present("COREOS_KVM_SHARE", target.join("coreos-kvm-share"), "`devtool test`"),
+            clone_mode,
             ..Config::default()
         };
         Self {

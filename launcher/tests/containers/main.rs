@@ -24,6 +24,8 @@ use common::{
 };
 use coreos_kvm_launcher::{
     agent::{AgentError, ProcessName},
+    machine::Machine,
+    state::Origin,
     vm::Vm,
 };
 use coreos_kvm_proto::{
@@ -64,11 +66,21 @@ macro_rules! trials {
     }};
 }
 
+/// On virtiofs and vsock, and on what a clone has that shares its memory.
+#[rstest::rstest]
+#[case::boot(false)]
+#[case::copy_on_write(true)]
 #[tokio::test]
-async fn containers_in_a_guest_are_what_their_specifications_say() {
-    let place = Place::new().await;
-    let machine = place.machine("containers");
+async fn containers_in_a_guest_are_what_their_specifications_say(#[case] cloneable: bool) {
+    let mut place = Place::new().await;
+    place.config.template_dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("templates");
+    let machine = Machine {
+        cloneable,
+        ..place.machine("containers")
+    };
     let vm = Vm::start(&place.config, machine.clone()).await.unwrap();
+    let origin = vm.info().record.origin;
+    assert_eq!(matches!(origin, Some(Origin::Clone { .. })), cloneable, "{origin:?}");
     let request = ConfigureSandboxRequest {
         sandbox_id: "sandbox".to_owned(),
         hostname: HOSTNAME.to_owned(),

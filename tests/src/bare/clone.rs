@@ -1,22 +1,26 @@
-//! The measure of all clones: QEMU by hand, restored by copy from a template and given the same devices, with nothing around it.
+//! The measure of all clones: QEMU by hand, restored from a template whose memory it maps copy-on-write, and given the same devices,
+//! with nothing around it.
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::process::Command;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use coreos_kvm_launcher::template::{Store, Template, memory::Filler};
 use coreos_kvm_proto::agent::Awakening;
-use coreos_kvm_proto::{READY_PORT, SEED_LENGTH, SHARED_TAG};
+use coreos_kvm_proto::mux::{Mux, Side};
+use coreos_kvm_proto::{GREETING, READY_PORT, SEED_LENGTH};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::unistd::Pid;
 use protobuf::Message as _;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::io::AsyncReadExt as _;
 
-use super::{Ended, Options, greeted, options, own_value};
+use super::{Ended, Options, options, own_value};
 use crate::artifacts;
 
 /// What the bare clone's ids are; nobody else has them.
@@ -28,8 +32,8 @@ const MACHINE_ID: [u8; 16] = *b"\xca\xfe\xca\xfe\xca\xfe\x4a\xfe\x8a\xfe\xca\xfe
 pub struct BareClone {
     program: String,
     arguments: Options,
-    /// Key of the template.
-    template: String,
+    /// The state of the template's devices.
+    state: Vec<u8>,
     folder: TempDir,
 }
 
@@ -45,16 +49,18 @@ impl BareClone {
         // In memory, as the memory of clones is.
         let folder = tempfile::tempdir_in("/dev/shm").context("making a folder")?;
         let path = |file: &str| folder.path().join(file).display().to_string();
+        let state = fill(store()?.open_named(&template)?, File::create_new(path("memory"))?)?;
         let (program, all) = options(qemu)?;
         let mut arguments = Vec::new();
         for (option, value) in all {
             match (option.as_str(), value.as_deref().unwrap_or_default()) {
                 ("-add-fd" | "-chardev" | "-netdev", _) => {}
                 ("-object", value) if value.starts_with("memory-backend-file") => {
+                    ensure!(value.ends_with("share=off"), "the machine is no clone by copy-on-write");
                     let size = value.split(',').find(|part| part.starts_with("size="));
                     let size = size.context("the memory has no size")?;
                     let memory = format!(
-                        "memory-backend-file,id=memory,{size},mem-path={},share=on",
+                        "memory-backend-file,id=memory,{size},mem-path={},share=off",
                         path("memory")
                     );
                     arguments.push((option, Some(memory)));
@@ -62,13 +68,8 @@ impl BareClone {
                 _ => arguments.push((option, own_value(value.as_deref(), qemu, folder.path())?)),
             }
         }
-        for (name, rest) in [
-            ("qmp", ",server=on,wait=off"),
-            ("wake", ",server=on,wait=off"),
-            ("vsock", ""),
-            ("shared", ""),
-        ] {
-            let chardev = format!("socket,id={name},path={}{rest}", path(name));
+        for name in ["qmp", "agent"] {
+            let chardev = format!("socket,id={name},path={},server=on,wait=off", path(name));
             arguments.push(("-chardev".to_owned(), Some(chardev)));
         }
         let console = format!("file,id=console,path={}", path("console"));
@@ -78,7 +79,7 @@ impl BareClone {
         Ok(Self {
             program,
             arguments,
-            template,
+            state,
             folder,
         })
     }
@@ -86,72 +87,49 @@ impl BareClone {
     /// Starts it and answers how long it took from nothing to the agent's greeting.
     pub fn start(&self, bound: Duration) -> Result<Duration> {
         let path = |file: &str| self.folder.path().join(file);
-        for file in ["memory", "qmp", "wake", "vsock", "shared", "vsock-host", "state"] {
+        for file in ["qmp", "agent", "state"] {
             let _ = fs::remove_file(path(file));
         }
-        let greeting = path(&format!("vsock-host_{READY_PORT}"));
-        let _ = fs::remove_file(&greeting);
-        let listener = UnixListener::bind(&greeting).context("listening for the agent")?;
+        let shared = path("share");
+        fs::create_dir_all(&shared)?;
 
         let begun = Instant::now();
         let deadline = begun + bound;
-        let mut vsock = Command::new(artifacts::tool("vhost-device-vsock")?);
-        vsock.args(["--guest-cid", "3", "--socket"]).arg(path("vsock"));
-        let _vsock = Ended::spawn(vsock.arg("--uds-path").arg(path("vsock-host")))?;
-        let mut virtiofs = Command::new(artifacts::tool("virtiofsd")?);
-        virtiofs.arg("--socket-path").arg(path("shared"));
-        let shared = self.folder.path().join("share");
-        fs::create_dir_all(&shared)?;
-        let _virtiofs = Ended::spawn(virtiofs.arg("--shared-dir").arg(shared).arg("--log-level=error"))?;
-
-        let template = store()?.open_named(&self.template)?;
-        let memory = File::create_new(path("memory")).context("making the memory")?;
-        memory.set_len(template.manifest.memory_mib << 20)?;
-        let (state, filled) = fill(template, memory);
-        for socket in ["vsock", "shared"] {
-            wait_until(deadline, || path(socket).exists())?;
-        }
+        let (ours, theirs) = UnixStream::pair()?;
+        let [ours, theirs] = [OwnedFd::from(ours), OwnedFd::from(theirs)].map(inheritable);
+        let (ours, theirs) = (ours?, theirs?);
+        let mut server = Command::new(artifacts::program("coreos-kvm-share")?);
+        server
+            .arg(format!("--fd={}", theirs.as_raw_fd()))
+            .arg("--shared-dir")
+            .arg(shared);
+        let _server = Ended::spawn(&mut server)?;
         let mut qemu = Command::new(&self.program);
         for (option, value) in &self.arguments {
             qemu.arg(option).args(value);
         }
+        qemu.args(["-chardev", &format!("socket,id=share,fd={}", ours.as_raw_fd())]);
         let _qemu = Ended::spawn(&mut qemu)?;
+        drop((ours, theirs));
 
         wait_until(deadline, || UnixStream::connect(path("qmp")).is_ok())?;
         let mut monitor = Monitor::open(UnixStream::connect(path("qmp"))?, deadline)?;
         monitor.tell("qmp_capabilities", json!({}))?;
         let capabilities = ["events", "x-ignore-shared"].map(|name| json!({"capability": name, "state": true}));
         monitor.tell("migrate-set-capabilities", json!({"capabilities": capabilities}))?;
-        ensure!(
-            filled.join().is_ok_and(|filled| filled.is_ok()),
-            "the memory is not filled"
-        );
+        let mut port = UnixStream::connect(path("agent"))?;
         let uri = format!("unix:{}", path("state").display());
         monitor.tell("migrate-incoming", json!({"uri": uri}))?;
-        UnixStream::connect(path("state"))?.write_all(&state)?;
+        UnixStream::connect(path("state"))?.write_all(&self.state)?;
         monitor.hear(|event| event["event"] == "MIGRATION" && event["data"]["status"] == "completed")?;
-        for (function, device) in [
-            (
-                2,
-                json!({"driver": "virtio-net-pci", "netdev": "net0", "romfile": "", "disable-legacy": "on"}),
-            ),
-            (
-                1,
-                json!({"driver": "vhost-user-fs-pci", "chardev": "shared", "tag": SHARED_TAG}),
-            ),
-            (0, json!({"driver": "vhost-user-vsock-pci", "chardev": "vsock"})),
-        ] {
-            let mut device = device;
-            device["bus"] = json!("late");
-            device["addr"] = json!(format!("0.{function}"));
-            device["multifunction"] = json!(true);
-            monitor.tell("device_add", device)?;
-        }
+        let interface = json!({
+            "driver": "virtio-net-pci", "netdev": "net0", "romfile": "", "disable-legacy": "on",
+            "bus": "late", "addr": "0.0", "multifunction": true,
+        });
+        monitor.tell("device_add", interface)?;
         monitor.tell("cont", json!({}))?;
-        // The guest reads byte by byte, and what it has not read goes with the connection.
-        let mut port = UnixStream::connect(path("wake"))?;
         wake(&mut port)?;
-        greeted(&listener, deadline, || Ok(())).with_context(|| {
+        greeting(port, deadline).with_context(|| {
             let console = fs::read(path("console")).unwrap_or_default();
             format!("the console says {:?}", String::from_utf8_lossy(&console))
         })?;
@@ -159,13 +137,40 @@ impl BareClone {
     }
 }
 
+/// What a process that is started keeps open.
+fn inheritable(descriptor: OwnedFd) -> Result<OwnedFd> {
+    fcntl(&descriptor, FcntlArg::F_SETFD(FdFlag::empty())).context("keeping a descriptor open")?;
+    Ok(descriptor)
+}
+
+/// Waits for the agent's greeting among the connections on its port.
+fn greeting(port: UnixStream, deadline: Instant) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let greeted = async {
+        port.set_nonblocking(true)?;
+        let (_mux, mut incoming, work) = Mux::new(tokio::net::UnixStream::from_std(port)?, Side::Host);
+        tokio::spawn(work);
+        let arrival = incoming.next().await.context("the guest has closed its port")?;
+        ensure!(arrival.port == READY_PORT, "the guest dials port {}", arrival.port);
+        let mut line = String::new();
+        arrival.take().await?.read_to_string(&mut line).await?;
+        ensure!(
+            line.starts_with(GREETING),
+            "that was no greeting of the agent: {line:?}"
+        );
+        Ok(())
+    };
+    let left = deadline.saturating_duration_since(Instant::now());
+    runtime.block_on(async { tokio::time::timeout(left, greeted).await })?
+}
+
 /// The templates of the tests' nodes.
 fn store() -> Result<Store> {
     Ok(Store::open(&artifacts::templates(), u64::MAX)?)
 }
 
-/// Copies the template's memory while the caller goes on; answers the state of its devices.
-fn fill(template: Template, memory: File) -> (Vec<u8>, JoinHandle<std::io::Result<()>>) {
+/// Copies the template's memory; answers the state of its devices.
+fn fill(template: Template, memory: File) -> Result<Vec<u8>> {
     let Template {
         manifest,
         map,
@@ -173,11 +178,12 @@ fn fill(template: Template, memory: File) -> (Vec<u8>, JoinHandle<std::io::Resul
         state,
         ..
     } = template;
+    memory.set_len(manifest.memory_mib << 20)?;
     let boot_ids = manifest.boot_id_at.iter().map(|place| (*place, BOOT_ID));
     let machine_ids = manifest.machine_id_at.iter().map(|place| (*place, MACHINE_ID));
     let changes = boot_ids.chain(machine_ids).collect();
-    let filling = std::thread::spawn(move || Filler::new(map, data, memory, changes).fill());
-    (state, filling)
+    Filler::new(map, data, memory, changes).fill()?;
+    Ok(state)
 }
 
 /// Tells the guest who it is.
@@ -189,6 +195,7 @@ fn wake(port: &mut UnixStream) -> Result<()> {
         boot_id: BOOT_ID.to_vec(),
         machine_id: MACHINE_ID.to_vec(),
         ready_port: READY_PORT,
+        serial: true,
         wall_clock_ns: i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos())?,
         ..Default::default()
     };

@@ -60,6 +60,7 @@ impl Handler {
                 "vhost_device_vsock".to_owned(),
                 text(artifacts::tool("vhost-device-vsock")?),
             ),
+            ("share_server".to_owned(), text(artifacts::program("coreos-kvm-share")?)),
         ]);
         settings.extend(self.settings.clone());
         Ok(settings

@@ -1,5 +1,6 @@
 //! What clones cost: against the same pod on runc, against one that boots, many at once, and of the host's memory.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use kubeception_tests::image::BUSYBOX;
 use kubeception_tests::leftovers::{Process, processes};
 use kubeception_tests::pod::{Container, Pod};
 
-use super::{BOOTED, Bench, MB, new_processes};
+use super::{BOOTED, Bench, COPIED, MB, new_processes};
 use crate::goals::bar;
 use crate::table::{Samples, Table};
 
@@ -35,13 +36,15 @@ impl Bench<'_> {
     pub(super) fn clones(&self, table: &mut Table) -> Result<()> {
         // The first makes its template.
         self.one_pod(COREOS_KVM, "template", &mut Steps::default())?;
+        self.one_pod(COPIED, "copied", &mut Steps::default())?;
         let bare = self.bare_clone()?;
         let mut bares = Samples::default();
-        let [mut clones, mut boots, mut runc] = [(); 3].map(|()| Steps::default());
+        let [mut clones, mut copies, mut boots, mut runc] = [(); 4].map(|()| Steps::default());
         for run in 1..=self.arguments.runs {
             eprintln!("clone, boot and runc {run} of {}", self.arguments.runs);
             self.one_pod(COREOS_KVM, "clone", &mut clones)?;
             bares.add(bare.start(OUTPUT)?.as_secs_f64());
+            self.one_pod(COPIED, "copied", &mut copies)?;
             self.one_pod(BOOTED, "boot", &mut boots)?;
             self.one_pod(RUNC, "runc", &mut runc)?;
         }
@@ -70,6 +73,21 @@ impl Bench<'_> {
         );
         table.samples("clone_pod_s", "clone: RunPodSandbox to ready", "s", &clones.ready, None);
         table.samples("clone_output_s", "clone: to first output", "s", &clones.output, None);
+        let copy = "clone by copy: ";
+        table.samples(
+            "copy_pod_s",
+            &format!("{copy}RunPodSandbox to ready"),
+            "s",
+            &copies.ready,
+            None,
+        );
+        table.samples(
+            "copy_output_s",
+            &format!("{copy}to first output"),
+            "s",
+            &copies.output,
+            None,
+        );
         table.samples("cold_output_s", "boot: to first output", "s", &boots.output, None);
         table.samples("runc_output_s", "runc: to first output", "s", &runc.output, None);
         let mut removed = Samples::default();
@@ -82,7 +100,8 @@ impl Bench<'_> {
             bar("remove_ms"),
         );
         self.at_once(table, &clones.ready)?;
-        self.idle(table)
+        self.idle(table, COREOS_KVM, "cow", "copy-on-write")?;
+        self.idle(table, COPIED, "copy", "copy")
     }
 
     /// A clone like those of pods, by hand.
@@ -115,7 +134,7 @@ impl Bench<'_> {
             std::thread::sleep(Duration::from_millis(1));
         }
         steps.output.add(begun.elapsed().as_secs_f64());
-        std::thread::sleep(if handler == COREOS_KVM {
+        std::thread::sleep(if [COREOS_KVM, COPIED].contains(&handler) {
             Duration::from_secs(4)
         } else {
             Duration::ZERO
@@ -178,13 +197,13 @@ impl Bench<'_> {
     }
 
     /// The memory of many idle pods, each with a container that does nothing.
-    fn idle(&self, table: &mut Table) -> Result<()> {
-        eprintln!("{IDLE} idle clones");
+    fn idle(&self, table: &mut Table, handler: &str, mode: &str, name: &str) -> Result<()> {
+        eprintln!("{IDLE} idle clones by {name}");
         let before = processes(self.node)?;
         let mut pods = Vec::new();
         for number in 0..IDLE {
             let pod = Pod::new(self.node.place(), &format!("idle-{number}"));
-            let id = self.cri.run_pod(&pod, COREOS_KVM)?;
+            let id = self.cri.run_pod(&pod, handler)?;
             let idle = Container::new("idle", BUSYBOX).command(&["sleep", "2147483647"]);
             self.cri.run(&id, &idle, &pod)?;
             pods.push((id, pod));
@@ -195,18 +214,14 @@ impl Bench<'_> {
             parts.add(&process)?;
         }
         let pod = |bytes: f64| bytes / f64::from(IDLE) / MB;
-        let all = pod(parts.guest + parts.qemu + parts.others);
-        let what = format!("{IDLE} idle clones by copy: memory of the host, each");
-        table.figure("clone_copy_mb", &what, "MB", all, bar("clone_copy_mb"));
-        table.figure("clone_guest_mb", "of it the guest's", "MB", pod(parts.guest), None);
-        table.figure("clone_qemu_mb", "of it QEMU's own", "MB", pod(parts.qemu), None);
-        table.figure(
-            "clone_others_mb",
-            "of it shim, virtiofsd, vsock device",
-            "MB",
-            pod(parts.others),
-            None,
-        );
+        let guest = parts.guest + parts.shared.values().sum::<f64>();
+        let key = |part: &str| format!("clone_{mode}_{part}mb");
+        let what = format!("{IDLE} idle clones by {name}: memory of the host, each");
+        let all = pod(guest + parts.qemu + parts.others);
+        table.figure(&key(""), &what, "MB", all, bar(&key("")));
+        table.figure(&key("guest_"), "of it the guest's", "MB", pod(guest), None);
+        table.figure(&key("qemu_"), "of it QEMU's own", "MB", pod(parts.qemu), None);
+        table.figure(&key("others_"), "of it shim and helpers", "MB", pod(parts.others), None);
         self.remove(&pods)
     }
 }
@@ -214,7 +229,10 @@ impl Bench<'_> {
 /// Bytes of memory, by whose they are.
 #[derive(Default)]
 struct Parts {
+    /// What guests have for themselves.
     guest: f64,
+    /// What guests have in common, by the inode of its file.
+    shared: BTreeMap<u64, f64>,
     qemu: f64,
     others: f64,
 }
@@ -224,15 +242,16 @@ impl Parts {
     fn add(&mut self, process: &Process) -> Result<()> {
         let path = format!("/proc/{}/smaps_rollup", process.pid);
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path} ({})", process.command))?;
-        let kilobytes = |name: &str| -> f64 {
-            let line = text.lines().find_map(|line| line.strip_prefix(name));
-            line.and_then(|line| line.split_whitespace().next()?.parse().ok())
-                .unwrap_or_default()
-        };
-        let own = (kilobytes("Pss:") - kilobytes("Pss_Shmem:")) * 1024.0;
+        let own = bytes(&text, "Pss:") - bytes(&text, "Pss_Shmem:");
         if process.command.contains("qemu-system") {
-            self.qemu += own;
-            self.guest += guest_bytes(process)?;
+            let memory = guest_memory(process)?;
+            self.qemu += own - memory.private;
+            self.guest += memory.private;
+            if memory.is_shared {
+                self.shared.insert(memory.inode, memory.file);
+            } else {
+                self.guest += memory.file;
+            }
         } else {
             self.others += own;
         }
@@ -240,13 +259,39 @@ impl Parts {
     }
 }
 
-/// What the file of a guest's memory takes.
-fn guest_bytes(qemu: &Process) -> Result<f64> {
+/// A number of proc_pid_smaps(5), in bytes.
+fn bytes(text: &str, name: &str) -> f64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    let kilobytes = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
+    kilobytes.unwrap_or_default() * 1024.0
+}
+
+/// The file that a guest's memory is, in bytes.
+struct GuestMemory {
+    inode: u64,
+    is_shared: bool,
+    /// What the file takes.
+    file: f64,
+    /// What QEMU has in place of the file's.
+    private: f64,
+}
+
+fn guest_memory(qemu: &Process) -> Result<GuestMemory> {
     for entry in fs::read_dir(format!("/proc/{}/fd", qemu.pid))? {
         let path = entry?.path();
-        let is_memory = fs::read_link(&path).is_ok_and(|link| link.to_string_lossy().starts_with("/memfd:guest"));
-        if is_memory {
-            return Ok(fs::metadata(&path)?.blocks() as f64 * 512.0);
+        let name = fs::read_link(&path).unwrap_or_default().to_string_lossy().into_owned();
+        let is_shared = name.starts_with("/memfd:template");
+        if is_shared || name.starts_with("/memfd:guest") {
+            let file = fs::metadata(&path)?;
+            let maps = fs::read_to_string(format!("/proc/{}/smaps", qemu.pid))?;
+            let mapped = maps.split_once(name.split(' ').next().unwrap_or_default());
+            let (_, numbers) = mapped.with_context(|| format!("{} has not mapped its guest's memory", qemu.command))?;
+            return Ok(GuestMemory {
+                inode: file.ino(),
+                is_shared,
+                file: file.blocks() as f64 * 512.0,
+                private: if is_shared { bytes(numbers, "Anonymous:") } else { 0.0 },
+            });
         }
     }
     anyhow::bail!("{} is no clone: it has no file with the guest's memory", qemu.command)

@@ -30,6 +30,8 @@ use table::{Samples, Table};
 
 /// The handler whose pods boot.
 const BOOTED: &str = "booted";
+/// A handler whose pods are clones with a copy of their template's memory.
+const COPIED: &str = "copied";
 const BOOT_BOUND: Duration = Duration::from_secs(240);
 const MB: f64 = 1_000_000.0;
 
@@ -103,7 +105,8 @@ fn measure(arguments: &Arguments) -> Result<()> {
     }
     if arguments.only != Some(Part::Library) {
         let booted = Handler::variant(BOOTED).set("templates", "\"off\"");
-        let node = Node::start("bench", arguments.containerd, &[Handler::standard(), booted])?;
+        let copied = Handler::variant(COPIED).set("clone_mode", "\"copy\"");
+        let node = Node::start("bench", arguments.containerd, &[Handler::standard(), booted, copied])?;
         let bench = Bench {
             cri: Cri::connect(&node)?,
             node: &node,

@@ -1,12 +1,12 @@
-//! What the program costs: its start, a round trip, memory. For a release's build, with nothing else at work:
+//! What the program costs: its start, a round trip, memory. By root, with nothing else at work:
 //!
 //! ```sh
-//! COREOS_KVM_SHARE=$PWD/target/x86_64-unknown-linux-gnu/release/coreos-kvm-share \
-//!   cargo test -p coreos-kvm-share --test cost -- --ignored --nocapture
+//! cargo bench -p coreos-kvm-share
 //! ```
 
-#![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on fails
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a measurement that cannot go on fails
 
+#[path = "../tests/support/mod.rs"]
 mod support;
 
 use std::{
@@ -16,9 +16,7 @@ use std::{
 
 use support::{Directory, ROOT, Served, create_in, opcode, read_in, u64_at, with_own_mounts, write_in};
 
-#[test]
-#[ignore = "a measurement"]
-fn cost() {
+fn main() {
     with_own_mounts(|| {
         let directory = Directory::new();
         for number in 0..1000 {
