@@ -464,3 +464,43 @@ async fn a_template_that_nobody_waits_for_any_more_leaves_nothing() {
     }
     place.assert_nothing_is_left(&machine);
 }
+
+/// What QEMU has for itself of the memory that it shares, in MiB: proc_pid_smaps(5).
+fn private_mib(vm: &Vm) -> u64 {
+    let maps = fs::read_to_string(format!("/proc/{}/smaps", vm.pid())).unwrap();
+    let (_, memory) = maps.split_once("/memfd:template").unwrap();
+    let anonymous = memory.lines().find_map(|line| line.strip_prefix("Anonymous:")).unwrap();
+    anonymous.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
+}
+
+/// The file that QEMU has mapped.
+fn shared_inode(vm: &Vm) -> String {
+    let maps = fs::read_to_string(format!("/proc/{}/maps", vm.pid())).unwrap();
+    let line = maps.lines().find(|line| line.contains("/memfd:template")).unwrap();
+    line.split_ascii_whitespace().nth(4).unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn clones_that_share_memory_have_one_file_of_it_and_only_what_they_write_for_themselves() {
+    let place = Place::new().await;
+    let machines = ["sharing", "with-it"].map(|name| cloneable(&place, name));
+    let folder = with_template(&place, &machines[0]).await;
+    let kept = fs::metadata(folder.join("memory")).unwrap().len() >> 20;
+    let mut vms = Vec::new();
+    for machine in &machines {
+        let vm = Vm::start(&place.config, machine.clone()).await.unwrap();
+        assert_clone(&place, &vm);
+        vms.push(vm);
+    }
+    assert_eq!(shared_inode(&vms[0]), shared_inode(&vms[1]));
+    let at_first = private_mib(&vms[0]);
+    eventually(&vms[0], "systemctl is-active systemd-journald systemd-udevd").await;
+    let later = private_mib(&vms[0]);
+    eprintln!("{kept} MiB are shared, {at_first} MiB are the clone's at first, {later} MiB when all of it is awake");
+    assert!(at_first < kept / 2 && later < kept, "{at_first} and {later} MiB");
+    // The first one's launcher is this process as well, so that the file stays when the machine is gone.
+    let last = vms.pop().unwrap();
+    end(&place, vms, &machines[..1]).await;
+    assert_eq!(text(&last, "echo alive").await, "alive");
+    end(&place, vec![last], &machines[1..]).await;
+}

@@ -187,9 +187,11 @@ pub(super) async fn make(
             let mode = memory.mode();
             let memory = match memory {
                 Memory::Copy { memory, .. } => memory,
+                // By its own number others find it.
                 Memory::Shared(memory) => {
-                    shared_memory = Some(memory.try_clone().map_err(VmError::io("duplicating descriptors"))?);
-                    memory
+                    let another = memory.try_clone().map_err(VmError::io("duplicating descriptors"))?;
+                    shared_memory = Some(memory);
+                    another
                 }
             };
             Start::Clone {

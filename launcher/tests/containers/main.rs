@@ -147,8 +147,12 @@ async fn the_guest_is_the_pods(bed: Bed<'_>) {
     let script = "cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_unprivileged_port_start; \
         findmnt -no FSTYPE,OPTIONS /run/coreos-kvm/shm; findmnt -no FSTYPE /run/coreos-kvm/shared; stat -c %a /run/coreos-kvm/shm";
     let told = run(bed.agent(), &["sh", "-c", script]).await.0;
+    let share = match bed.vm.info().record.origin {
+        Some(Origin::Clone { .. }) => "fuse\n1777\n",
+        _ => "virtiofs\n1777\n",
+    };
     assert!(
-        told.starts_with("1\n80\ntmpfs") && told.contains("size=32768k") && told.ends_with("virtiofs\n1777\n"),
+        told.starts_with("1\n80\ntmpfs") && told.contains("size=32768k") && told.ends_with(share),
         "{told}"
     );
 }
