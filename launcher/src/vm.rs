@@ -1,6 +1,12 @@
 //! One running machine: brought up as a whole or not at all, watched, paused, ended, and nothing of it left behind.
 
-use std::{fs::File, path::PathBuf, process::ExitStatus, sync::Arc, time::Duration};
+use std::{
+    fs::File,
+    path::PathBuf,
+    process::ExitStatus,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use serde::Serialize;
 use tokio::{sync::watch as channel, task::JoinHandle};
@@ -48,8 +54,8 @@ pub struct Vm {
     /// What carries the agent's connections, where that is this process.
     _multiplexed: Option<Multiplexed>,
     _ports: Option<build::Ports>,
-    /// Held open so that other clones of the template find it.
-    _shared_memory: Option<File>,
+    /// Held open so that other clones of the template find it, as long as the machine is there.
+    shared_memory: Mutex<Option<File>>,
     /// Held while the size is changed.
     sizes: tokio::sync::Mutex<resize::Sizes>,
 }
@@ -185,6 +191,7 @@ impl Vm {
         }
         self.qemu.kill().await;
         self.exited().await;
+        drop(self.shared_memory.lock().unwrap_or_else(PoisonError::into_inner).take());
         let mut problems = Vec::new();
         remains::free(&self.state_dir, &self.state, Some(&self.record), &mut problems).await;
         *freed = problems.is_empty();

@@ -12,7 +12,7 @@ use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 
-use crate::lab::{Alone, Lab, OwnPod, eventually, expect_start, in_guest};
+use crate::lab::{Alone, Lab, OwnPod, Start, eventually, expect_start, in_guest};
 
 const BOUND: Duration = Duration::from_secs(30);
 const SHIM: &str = "containerd-shim-coreos-kvm";
@@ -34,8 +34,8 @@ pub(crate) fn further_trials(lab: &Arc<Lab>) -> Vec<Trial> {
             killed(lab, &[SHIM], Duration::from_secs(10))
         }),
         lab.trial_alone(
-            "virtiofsd killed: the pod ends or goes on, and nothing is left",
-            |lab| killed_helper(lab, "virtiofsd"),
+            "what serves the pod's files killed: its containers end, nothing is left",
+            |lab| killed(lab, &[file_server(lab.machine_start())], BOUND),
         ),
         lab.trial_alone(
             "the guest powered off: its containers end, nothing is left",
@@ -123,14 +123,12 @@ fn killed(lab: &mut Alone<'_>, programs: &[&str], within: Duration) -> Result<()
     expect_nothing_left(&lab.node, &before, BOUND)
 }
 
-fn killed_helper(lab: &mut Alone<'_>, program: &str) -> Result<()> {
-    let before = Snapshot::take(&lab.node)?;
-    let victim = victim(lab)?;
-    victim.kill(program)?;
-    // Its files are gone for the guest: the machine has one defined outcome, its end.
-    victim.container_ended(lab.cri, BOUND)?;
-    victim.own.remove()?;
-    expect_nothing_left(&lab.node, &before, BOUND)
+/// Without it the guest has no files any more: the machine ends.
+fn file_server(start: Start) -> &'static str {
+    match start {
+        Start::Boot => "virtiofsd",
+        Start::Clone => "coreos-kvm-share",
+    }
 }
 
 fn powered_off(lab: &mut Alone<'_>) -> Result<()> {

@@ -24,6 +24,7 @@ fn install() -> Result<()> {
         ("coreos-kvm", "--version"),
         ("virtiofsd", "--version"),
         ("vhost-device-vsock", "--version"),
+        ("coreos-kvm-share", "--version"),
     ] {
         let said = said(Command::new(path("usr/local/bin").join(program)).arg(argument))?;
         ensure!(!said.stdout.is_empty(), "{program} {argument} says nothing");

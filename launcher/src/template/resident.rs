@@ -4,7 +4,7 @@
 
 use std::{
     fs::File,
-    io::{self, Write},
+    io,
     os::{
         fd::{AsFd, AsRawFd, RawFd},
         unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
@@ -64,16 +64,15 @@ pub fn resident(state_dir: &Path, template: Template) -> Result<File, TemplateEr
     let path = register_of(state_dir, &template.manifest.key);
     let failed = |what: &'static str| TemplateError::io::<io::Error>(what, &path);
     make_state_dir(state_dir).map_err(|error| failed("making the folder of")(io::Error::other(error)))?;
-    let mut register = lock(&path).map_err(failed("locking"))?;
+    let register = Register::lock(&path).map_err(failed("locking"))?;
     let making = making(&template.manifest);
     let size = template.manifest.memory_mib << 20;
-    // Whatever cannot be read are nobody's holders: then the memory is filled once more, and written anew.
-    let holders: Vec<Holder> = serde_json::from_slice(&read_bounded(&path).unwrap_or_default()).unwrap_or_default();
-    let mut holders: Vec<_> = holders.into_iter().filter(|holder| holder.process.is_alive()).collect();
+    let mut holders = register.holders();
     let found = holders
         .iter()
         .filter(|holder| holder.making == making)
-        .find_map(|holder| holder.open(size));
+        .filter_map(Holder::open)
+        .find(|memory| memory.metadata().is_ok_and(|file| file.len() == size));
     let memory = match found {
         Some(memory) => memory,
         None => fill(template, size)?,
@@ -87,45 +86,88 @@ pub fn resident(state_dir: &Path, template: Template) -> Result<File, TemplateEr
             making,
         });
     }
-    let write = |register: &mut File| {
-        let text = serde_json::to_vec(&holders)?;
-        register.set_len(0)?;
-        register.write_all_at(&text, 0)?;
-        register.flush()
-    };
-    // Without it the next one fills a memory of its own.
-    if let Err(error) = write(&mut register) {
-        tracing::warn!(register = %path.display(), %error, "that a template's memory is here is not written down");
-    }
+    register.keep(&holders);
     Ok(memory)
+}
+
+/// Strikes those from the register of the template `key` that do not hold its memory any more.
+///
+/// # Errors
+/// When somebody has the register for too long.
+pub fn sweep(state_dir: &Path, key: &str) -> io::Result<()> {
+    let path = register_of(state_dir, key);
+    if !path.exists() {
+        return Ok(());
+    }
+    let register = Register::lock(&path)?;
+    let holders = register.holders();
+    let holders: Vec<_> = holders.into_iter().filter(|holder| holder.open().is_some()).collect();
+    register.keep(&holders);
+    Ok(())
 }
 
 fn register_of(state_dir: &Path, key: &str) -> PathBuf {
     state_dir.join(format!("memory-{key}.json"))
 }
 
-fn lock(path: &Path) -> io::Result<Flock<File>> {
-    let deadline = Instant::now() + REGISTER;
-    let mut file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(path)?;
-    loop {
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(lock),
-            Err((back, nix::Error::EWOULDBLOCK)) if Instant::now() < deadline => file = back,
-            Err((_, error)) => return Err(error.into()),
+/// Who holds the memory of a template: a file, locked.
+struct Register {
+    path: PathBuf,
+    file: Flock<File>,
+}
+
+impl Register {
+    fn lock(path: &Path) -> io::Result<Self> {
+        let deadline = Instant::now() + REGISTER;
+        loop {
+            let file = File::options()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .mode(0o600)
+                .custom_flags(libc::O_NOFOLLOW)
+                .open(path)?;
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                // Whoever had it before may have removed it.
+                Ok(file) if file.metadata()?.nlink() > 0 => {
+                    return Ok(Self {
+                        path: path.to_owned(),
+                        file,
+                    });
+                }
+                Ok(_) => {}
+                Err((_, nix::Error::EWOULDBLOCK)) if Instant::now() < deadline => std::thread::sleep(LOOK),
+                Err((_, error)) => return Err(error.into()),
+            }
         }
-        std::thread::sleep(LOOK);
+    }
+
+    /// Those that are alive. What cannot be read is nobody: then the memory is filled once more, and written anew.
+    fn holders(&self) -> Vec<Holder> {
+        let text = read_bounded(&self.path).unwrap_or_default();
+        let holders: Vec<Holder> = serde_json::from_slice(&text).unwrap_or_default();
+        holders.into_iter().filter(|holder| holder.process.is_alive()).collect()
+    }
+
+    /// Writes them down, or removes the file where there are none. A failure costs the next one a memory of its own, no more.
+    fn keep(self, holders: &[Holder]) {
+        let write = || {
+            if holders.is_empty() {
+                return std::fs::remove_file(&self.path);
+            }
+            let text = serde_json::to_vec(holders)?;
+            self.file.set_len(0)?;
+            self.file.write_all_at(&text, 0)
+        };
+        if let Err(error) = write() {
+            tracing::warn!(register = %self.path.display(), %error, "who holds a template's memory is not written down");
+        }
     }
 }
 
 impl Holder {
     /// The memory, if it is still there as it was.
-    fn open(&self, size: u64) -> Option<File> {
+    fn open(&self) -> Option<File> {
         let pid = Pid::from_raw(i32::try_from(self.process.pid).ok()?)?;
         let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
         // After the descriptor is open, the number is no other process's.
@@ -133,9 +175,8 @@ impl Holder {
             return None;
         }
         let memory = File::from(pidfd_getfd(process.as_fd(), self.descriptor, PidfdGetfdFlags::empty()).ok()?);
-        let metadata = memory.metadata().ok()?;
         let sealed = fcntl(&memory, FcntlArg::F_GET_SEALS).ok()?;
-        let same = (metadata.ino(), metadata.len()) == (self.inode, size);
+        let same = memory.metadata().ok()?.ino() == self.inode;
         (same && SealFlag::from_bits_truncate(sealed).contains(seals())).then_some(memory)
     }
 }
@@ -253,7 +294,13 @@ mod tests {
         drop(first);
         let third = resident(path, template(path, 1, 7)).unwrap();
         assert_eq!(inode(&third), number);
-        drop((second, third));
+        drop(third);
+        sweep(path, KEY).unwrap();
+        assert!(register_of(path, KEY).exists(), "somebody holds it");
+        drop(second);
+        sweep(path, KEY).unwrap();
+        assert!(!register_of(path, KEY).exists(), "nobody holds it");
+        sweep(path, KEY).unwrap();
         let fourth = resident(path, template(path, 1, 7)).unwrap();
         assert_ne!(inode(&fourth), number, "nobody holds it any more");
     }

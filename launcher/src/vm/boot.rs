@@ -1,7 +1,7 @@
 //! Bringing a machine up, as a clone where it can be one and else by booting; and all of it undone when one thing fails or the
 //! caller goes away.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Mutex, time::Duration};
 
 use tokio::{sync::watch, task::JoinError};
 use tokio_util::sync::CancellationToken;
@@ -232,7 +232,7 @@ async fn bring_up(
         freed: tokio::sync::Mutex::new(false),
         _multiplexed: multiplexed,
         _ports: ports,
-        _shared_memory: shared_memory,
+        shared_memory: Mutex::new(shared_memory),
         sizes: tokio::sync::Mutex::new(Sizes::of(machine)),
     })
 }

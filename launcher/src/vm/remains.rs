@@ -17,7 +17,8 @@ use crate::{
     cgroup,
     machine::MachineId,
     netdev, sentence,
-    state::{ProcessId, Record, StateDir},
+    state::{CloneMode, Origin, ProcessId, Record, StateDir},
+    template::resident,
     user,
 };
 
@@ -87,6 +88,15 @@ pub(super) async fn free(state_dir: &Path, state: &StateDir, record: Option<&Rec
         }
         if let Some(uid) = record.uid {
             note(user::release(state_dir, uid), problems);
+        }
+        if let Some(Origin::Clone {
+            template,
+            mode: CloneMode::CopyOnWrite,
+        }) = &record.origin
+        {
+            let (state_dir, template) = (state_dir.to_owned(), template.clone());
+            let swept = tokio::task::spawn_blocking(move || resident::sweep(&state_dir, &template)).await;
+            note(swept.map_err(io::Error::other).and_then(|swept| swept), problems);
         }
     }
     note(unmount_below(state.path()), problems);
