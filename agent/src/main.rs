@@ -81,8 +81,12 @@ fn last_words(error: &anyhow::Error) {
 }
 
 async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
+    let share = Arc::new(share::Share::default());
     let template = match template::kind() {
-        Some(kind) => Some(Template::prepare(kind).await.context("making the guest quiet")?),
+        Some(kind) => {
+            let template = Template::prepare(kind, &share).await;
+            Some(template.context("making the guest quiet")?)
+        }
         None => None,
     };
     let reaper = reaper::start().context("watching for the end of processes")?;
@@ -91,7 +95,6 @@ async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
     let containers = Arc::new(containers::Containers::new(reaper, zygote, cgroup));
 
     let (mut connections, calls) = Connections::listen(containers.clone()).context("listening for the host")?;
-    let share = Arc::new(share::Share::default());
     let service = service::Service::new(containers.clone(), share.clone());
     let mut server = ttrpc::asynchronous::Server::new()
         .add_listener(Listener::new(calls))

@@ -10,15 +10,16 @@ use std::{
         unix::fs::DirBuilderExt,
     },
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
+        mpsc,
     },
     time::Duration,
 };
 
-use coreos_kvm_proto::{SHARE_SERIAL_PORT, SHARED_MOUNT};
+use coreos_kvm_proto::{SHARE_SERIAL_PORT, SHARED_MOUNT, SHARED_TAG};
 use nix::{
-    mount::{MsFlags, mount},
+    mount::{MntFlags, MsFlags, mount, umount2},
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 use tokio::time::{Instant, sleep};
@@ -38,19 +39,40 @@ const REPLY_HEADER: usize = 16;
 /// linux/prctl.h; the crate's own constants lack it.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
-/// How the directory comes to the machine.
+/// How the directory comes to the machine: by virtiofs, unless something else is said.
 #[derive(Debug, Default)]
 pub(crate) struct Share {
+    mounted: Mutex<Option<Waiting>>,
     by_serial_port: AtomicBool,
 }
 
+/// A mount whose requests wait until it is known who serves them. Whoever would look into it would wait as well.
+#[derive(Debug)]
+struct Waiting {
+    begin: mpsc::Sender<()>,
+}
+
 impl Share {
-    /// It comes by a serial port, from now on.
+    /// Mounts it, in a template, for those of its clones to which it comes by a serial port: they need not do that any more.
+    ///
+    /// # Errors
+    /// When it cannot be mounted.
+    pub(crate) fn mount_ahead(&self) -> io::Result<()> {
+        make_mount_point()?;
+        *self.mounted() = Some(mount_fuse()?);
+        Ok(())
+    }
+
+    /// It comes by a serial port.
     pub(crate) fn comes_by_serial_port(&self) {
         self.by_serial_port.store(true, Ordering::Relaxed);
     }
 
-    /// Mounts it; an empty tag shares nothing.
+    fn mounted(&self) -> MutexGuard<'_, Option<Waiting>> {
+        self.mounted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes it visible; an empty tag shares nothing.
     ///
     /// # Errors
     /// When it cannot be mounted.
@@ -58,19 +80,29 @@ impl Share {
         if tag.is_empty() {
             return Ok(());
         }
-        let made: io::Result<()> = DirBuilder::new().recursive(true).mode(0o755).create(SHARED_MOUNT);
-        made.map_err(AgentError::failed(format!("making {SHARED_MOUNT} failed")))?;
-        let failed =
-            |error: io::Error| AgentError::failed(format!("mounting the shared directory {tag} failed"))(error);
-        if self.by_serial_port.load(Ordering::Relaxed) {
-            mount_fuse(tag).map_err(failed)
-        } else {
-            mount_virtiofs(tag).await.map_err(failed)
-        }
+        let waiting = self.mounted().take();
+        let mounted = match (self.by_serial_port.load(Ordering::Relaxed), waiting) {
+            // The thread that waits for it lives as long as the machine.
+            (true, Some(waiting)) => waiting.begin.send(()).map_err(io::Error::other),
+            (true, None) => Err(io::Error::other("it is mounted already")),
+            (false, waiting) => mount_virtiofs(tag, waiting).await,
+        };
+        mounted.map_err(AgentError::failed(format!(
+            "mounting the shared directory {tag} failed"
+        )))
     }
 }
 
-async fn mount_virtiofs(tag: &str) -> io::Result<()> {
+fn make_mount_point() -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o755).create(SHARED_MOUNT)
+}
+
+/// Mounts virtiofs, in place of what was mounted for those that have none.
+async fn mount_virtiofs(tag: &str, in_place_of: Option<Waiting>) -> io::Result<()> {
+    if in_place_of.is_some() {
+        umount2(SHARED_MOUNT, MntFlags::MNT_DETACH)?;
+    }
+    make_mount_point()?;
     let deadline = Instant::now() + DEVICE;
     loop {
         match mount(
@@ -88,7 +120,7 @@ async fn mount_virtiofs(tag: &str) -> io::Result<()> {
 }
 
 /// Mounts with the options that virtiofs has: Documentation/filesystems/fuse.rst.
-fn mount_fuse(tag: &str) -> io::Result<()> {
+fn mount_fuse() -> io::Result<Waiting> {
     let port = Arc::new(serial::open_port(SHARE_SERIAL_PORT)?);
     let fuse = Arc::new(File::options().read(true).write(true).open(FUSE)?);
     let options = format!(
@@ -96,30 +128,27 @@ fn mount_fuse(tag: &str) -> io::Result<()> {
         fuse.as_raw_fd()
     );
     mount(
-        Some(tag),
+        Some(SHARED_TAG),
         SHARED_MOUNT,
         Some("fuse"),
         MsFlags::empty(),
         Some(options.as_str()),
     )?;
     // Threads of their own, for any other of this process may be the one that waits for a file.
-    carry("share-requests", &fuse, &port, requests)?;
-    carry("share-replies", &fuse, &port, replies)
+    let (begin, begun) = mpsc::channel();
+    let (requested, carrier) = (fuse.clone(), port.clone());
+    carry("share-requests", move || requests(&requested, &carrier, &begun))?;
+    carry("share-replies", move || replies(&fuse, &port))?;
+    Ok(Waiting { begin })
 }
 
-fn carry(
-    name: &str,
-    fuse: &Arc<File>,
-    port: &Arc<OwnedFd>,
-    work: fn(&File, &OwnedFd) -> io::Result<()>,
-) -> io::Result<()> {
-    let (fuse, port) = (fuse.clone(), port.clone());
+fn carry(name: &str, work: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
     let thread = std::thread::Builder::new().name(name.to_owned());
     let carried = move || {
         // Memory that this thread needs is not to be had by writing files back, which would wait for this thread: prctl(2).
         // SAFETY: prctl(2) with numbers alone. A kernel that does not know it lacks a precaution.
         unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
-        if let Err(error) = work(&fuse, &port) {
+        if let Err(error) = work() {
             // Whoever waits for a file would wait for ever.
             last_words(&anyhow::Error::new(error).context("carrying the shared directory's files"));
             std::process::exit(1);
@@ -128,15 +157,29 @@ fn carry(
     thread.spawn(carried).map(drop)
 }
 
-/// Carries requests out, until the directory is unmounted.
-fn requests(mut fuse: &File, port: &OwnedFd) -> io::Result<()> {
+/// Carries requests out, when it is told to begin, until the directory is unmounted.
+fn requests(fuse: &File, port: &OwnedFd, begun: &mpsc::Receiver<()>) -> io::Result<()> {
     let mut request = vec![0; MESSAGE_MAX];
+    // The first is the kernel's own, made when it mounts.
+    let mut next = next_request(fuse, &mut request)?;
+    if begun.recv().is_err() {
+        return Ok(());
+    }
+    while let Some(length) = next {
+        write_all(port, &request[..length])?;
+        next = next_request(fuse, &mut request)?;
+    }
+    Ok(())
+}
+
+/// Reads the next request; None when the directory is unmounted.
+fn next_request(mut fuse: &File, request: &mut [u8]) -> io::Result<Option<usize>> {
     loop {
-        match fuse.read(&mut request) {
-            Ok(length) => write_all(port, &request[..length])?,
+        match fuse.read(request) {
+            Ok(length) => return Ok(Some(length)),
             // Whoever asked does not want to know any more.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINTR)) => {}
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(None),
             Err(error) => return Err(error),
         }
     }

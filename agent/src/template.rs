@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{
     containers::Containers, free_memory, greeting::kernel_argument, identity, quiet, rehearsal::rehearse,
-    serial::SerialPort,
+    serial::SerialPort, share::Share,
 };
 
 /// What a clone does after its containers have begun to start waits so long.
@@ -47,11 +47,13 @@ impl Template {
     ///
     /// # Errors
     /// When the guest cannot be made quiet.
-    pub(crate) async fn prepare(kind: Kind) -> Result<Self> {
+    pub(crate) async fn prepare(kind: Kind, share: &Share) -> Result<Self> {
         quiet::load_drivers()?;
         let port = SerialPort::open(AGENT_SERIAL_PORT).context("opening the port on which clones are woken")?;
         quiet::boot_has_ended().await;
         quiet::halt_services().await?;
+        // When nobody looks around any more.
+        share.mount_ahead().context("mounting the shared directory ahead")?;
         Ok(Self { kind, port })
     }
 

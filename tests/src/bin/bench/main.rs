@@ -6,6 +6,7 @@
 //! - [`table`]: samples and figures
 
 mod clones;
+mod files;
 mod goals;
 mod library;
 mod table;
@@ -70,6 +71,8 @@ enum Part {
     Boots,
     /// Pods that are clones
     Clones,
+    /// Files in clones of either mode
+    Files,
     /// A running pod
     Pod,
 }
@@ -117,6 +120,9 @@ fn measure(arguments: &Arguments) -> Result<()> {
         }
         if arguments.measure(Part::Clones) {
             bench.clones(&mut table)?;
+        }
+        if arguments.measure(Part::Files) {
+            bench.files(&mut table)?;
         }
         if arguments.measure(Part::Pod) {
             bench.running_pod(&mut table)?;
