@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::{Instant, sleep};
+use tokio::{
+    task::spawn_blocking,
+    time::{Instant, sleep},
+};
 
 use crate::error::AgentError;
 
@@ -31,9 +34,10 @@ pub(crate) async fn take(vcpus: u32, memory_mib: u64) -> Result<(), AgentError> 
     let _ = fs::write(POLICY.0, POLICY.1);
     let wanted = (usize::try_from(vcpus).unwrap_or(usize::MAX), memory_mib);
     loop {
-        let failed = |what: &str| AgentError::failed(format!("{what} could not be taken into use"));
-        let processors = take_processors(Path::new(PROCESSORS)).map_err(failed("a processor"))?;
-        let memory = take_memory(Path::new(MEMORY)).map_err(failed("memory"))?;
+        // The kernel prepares what it takes, which others who call are not to wait for.
+        let taken = spawn_blocking(|| Ok((take_processors(Path::new(PROCESSORS))?, take_memory(Path::new(MEMORY))?)));
+        let taken = taken.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        let (processors, memory) = taken.map_err(AgentError::failed("taking processors and memory into use"))?;
         if processors >= wanted.0 && memory >= wanted.1 {
             return Ok(());
         }

@@ -432,9 +432,13 @@ impl Container {
         Ok(())
     }
 
+    pub(crate) fn has_stopped(&self) -> bool {
+        self.init.has_stopped()
+    }
+
     /// What it may use. Nothing once it has ended.
     pub(crate) fn limits(&self) -> Limits {
-        if self.init.has_stopped() {
+        if self.has_stopped() {
             return Limits::default();
         }
         *self.limits.lock().unwrap_or_else(PoisonError::into_inner)

@@ -40,9 +40,10 @@ pub(crate) trait RunningMachine: Send + Sync {
     async fn shutdown(&self, grace: Duration) -> Result<(), ShimError>;
     async fn pause(&self) -> Result<(), ShimError>;
     async fn resume(&self) -> Result<(), ShimError>;
-    async fn size(&self) -> MachineSize;
-    /// Gives the machine another size, see [`Vm::resize`].
-    async fn resize(&self, wanted: MachineSize) -> Result<(), ShimError>;
+    /// See [`Vm::grow`].
+    async fn grow(&self, wanted: MachineSize) -> Result<(), ShimError>;
+    /// See [`Vm::shrink`].
+    async fn shrink(&self, wanted: MachineSize) -> Result<(), ShimError>;
 }
 
 /// QEMU.
@@ -104,20 +105,20 @@ impl RunningMachine for Vm {
             .map_err(ShimError::while_doing("letting the machine go on"))
     }
 
-    async fn size(&self) -> MachineSize {
-        Vm::size(self).await
+    async fn grow(&self, wanted: MachineSize) -> Result<(), ShimError> {
+        Vm::grow(self, wanted).await.map(drop).map_err(|error| match error {
+            ResizeError::Processors { .. } | ResizeError::Memory { .. } => ShimError::invalid(error),
+            ResizeError::Fixed | ResizeError::NoPlace { .. } | ResizeError::Paused => {
+                ShimError::FailedPrecondition(sentence(&error))
+            }
+            error => ShimError::while_doing("giving the machine another size")(error),
+        })
     }
 
-    async fn resize(&self, wanted: MachineSize) -> Result<(), ShimError> {
-        match Vm::resize(self, wanted).await {
-            Ok(_) => Ok(()),
-            Err(error @ (ResizeError::Processors { .. } | ResizeError::Memory { .. })) => {
-                Err(ShimError::invalid(error))
-            }
-            Err(error @ (ResizeError::Fixed | ResizeError::NoPlace)) => {
-                Err(ShimError::FailedPrecondition(sentence(&error)))
-            }
-            Err(error) => Err(ShimError::Internal(sentence(&error))),
-        }
+    async fn shrink(&self, wanted: MachineSize) -> Result<(), ShimError> {
+        let shrunk = Vm::shrink(self, wanted).await;
+        shrunk.map(drop).map_err(ShimError::while_doing(
+            "taking back from the machine what it does not need",
+        ))
     }
 }

@@ -53,6 +53,15 @@ impl Limits {
     }
 }
 
+/// The size of a machine's memory that holds so many MiB and that other machines have as well, for those of one size are clones of
+/// one template: what it has more costs nothing as long as nobody uses it. Not above `most_mib`, unless that is what is wanted.
+pub(crate) fn class_mib(wanted_mib: u64, most_mib: u64) -> u64 {
+    const STEPS: [(u64, u64); 3] = [(1 << 10, 128), (4 << 10, 512), (16 << 10, 1 << 10)];
+    let step = STEPS.iter().find(|(until, _)| wanted_mib <= *until);
+    let class = wanted_mib.next_multiple_of(step.map_or(4 << 10, |(_, step)| *step));
+    class.min(most_mib).max(wanted_mib)
+}
+
 /// What a quota is of where nobody says: 100 ms in µs, `default_cfs_period` in kernel/sched/core.c.
 const CFS_PERIOD: u64 = 100_000;
 
@@ -74,6 +83,19 @@ mod tests {
         assert_eq!((size.vcpus, size.memory_mib), (3, 300 + 101 + 128));
         let size = Limits::size([Limits::default()], 128);
         assert_eq!((size.vcpus, size.memory_mib), (0, 0));
+    }
+
+    #[rstest::rstest]
+    #[case::small(1, 128)]
+    #[case::exact(384, 384)]
+    #[case::between(385, 512)]
+    #[case::first_of_the_next_step(1025, 1536)]
+    #[case::large(4097, 5120)]
+    #[case::very_large(16_385, 20_480)]
+    #[case::not_more_than_is_allowed(29_000, 30_000)]
+    #[case::what_is_not_allowed_is_refused_elsewhere(31_000, 31_000)]
+    fn machines_of_about_one_size_have_one_size(#[case] wanted: u64, #[case] size: u64) {
+        assert_eq!(class_mib(wanted, 30_000), size);
     }
 
     #[test]

@@ -50,6 +50,8 @@ struct Contents {
     containers: BTreeMap<String, Option<Arc<Container>>>,
     /// Memory that the guest needs beside its containers.
     guest_memory_overhead_mib: u64,
+    /// The pod says how large its machine is.
+    size_is_named: bool,
 }
 
 impl Pod {
@@ -141,9 +143,13 @@ impl Pod {
         let spec = bundle::spec(Path::new(&request.bundle))?;
         let role = podspec::role(&spec);
         let machine = match role {
-            Role::Member => self
-                .machine()
-                .ok_or_else(|| ShimError::FailedPrecondition("the pod's machine does not run".to_owned()))?,
+            Role::Member => {
+                let machine = self
+                    .machine()
+                    .ok_or_else(|| ShimError::FailedPrecondition("the pod's machine does not run".to_owned()))?;
+                self.make_room(&request.id, &spec, &machine).await;
+                machine
+            }
             // A start that is dropped undoes itself.
             Role::Sandbox | Role::Alone => tokio::select! {
                 biased;
@@ -214,6 +220,7 @@ impl Pod {
         let mut contents = self.contents();
         (contents.machine, contents.booting) = (Some(machine.clone()), None);
         contents.guest_memory_overhead_mib = config.guest_memory_overhead_mib;
+        contents.size_is_named = podspec::names_size(spec);
         Ok(machine)
     }
 
@@ -289,37 +296,57 @@ impl Pod {
         let resources: LinuxResources = serde_json::from_slice(resources)
             .map_err(|error| ShimError::InvalidArgument(format!("the limits cannot be read: {error}")))?;
         let container = self.container(id)?;
+        if container.has_stopped() {
+            return Err(ShimError::NotFound(format!("the container {id} has ended")));
+        }
         let machine = container.machine();
         let _alone = self.resizing.lock().await;
-        let wanted = self.size_with(&container, &resources);
-        let now = machine.size().await;
+        let (before, wanted) = (
+            self.size_with(&[]),
+            self.size_with(&[(id, container.limits().changed(&resources))]),
+        );
         // What is allowed is there before, and taken away only when it is not allowed any more.
-        machine
-            .resize(MachineSize {
-                vcpus: wanted.vcpus.max(now.vcpus),
-                memory_mib: wanted.memory_mib.max(now.memory_mib),
-            })
-            .await?;
-        container.update(&resources).await?;
-        machine.resize(wanted).await
+        machine.grow(wanted).await?;
+        let updated = container.update(&resources).await;
+        let needed = if updated.is_ok() { wanted } else { before };
+        if let Err(error) = machine.shrink(needed).await {
+            tracing::warn!(container_id = id, %error, "the machine keeps what it does not need any more");
+        }
+        updated
     }
 
-    /// The size for all containers, one of them with changed limits.
-    fn size_with(&self, changed: &Arc<Container>, resources: &LinuxResources) -> MachineSize {
+    /// Has the machine grow to what a new container may use beside the others, where the pod was started with less: its limits may
+    /// have changed since, or whoever started it did not know of them.
+    async fn make_room(&self, id: &str, spec: &Spec, machine: &Arc<dyn RunningMachine>) {
+        if self.contents().size_is_named {
+            return;
+        }
+        let _alone = self.resizing.lock().await;
+        let wanted = self.size_with(&[(id, Limits::of(spec))]);
+        if let Err(error) = machine.grow(wanted).await {
+            tracing::warn!(container_id = id, %error, "the container may use more than its machine has");
+        }
+    }
+
+    /// The size for all containers, those of `changes` with these limits.
+    fn size_with(&self, changes: &[(&str, Limits)]) -> MachineSize {
         let contents = self.contents();
-        let containers = contents.containers.values().flatten();
-        let (sandboxes, members): (Vec<_>, Vec<_>) =
-            containers.partition(|container| container.role() == Role::Sandbox);
-        let size = |containers: Vec<&Arc<Container>>| {
-            let limits = containers
-                .into_iter()
-                .map(|container| match Arc::ptr_eq(container, changed) {
-                    true => container.limits().changed(resources),
-                    false => container.limits(),
-                });
+        let all: BTreeMap<_, _> = contents
+            .containers
+            .iter()
+            .filter_map(|(id, container)| Some((id.as_str(), container.as_ref()?.limits())))
+            .chain(changes.iter().copied())
+            .collect();
+        let is_sandbox = |id: &&str| {
+            let container = contents.containers.get(*id).and_then(Option::as_ref);
+            container.is_some_and(|container| container.role() == Role::Sandbox)
+        };
+        let (pod, members): (Vec<_>, Vec<_>) = all.into_iter().partition(|(id, _)| is_sandbox(id));
+        let size = |limits: Vec<(&str, Limits)>| {
+            let limits = limits.into_iter().map(|(_, limits)| limits);
             Limits::size(limits, contents.guest_memory_overhead_mib)
         };
-        let (pod, sum) = (size(sandboxes), size(members));
+        let (pod, sum) = (size(pod), size(members));
         MachineSize {
             vcpus: pod.vcpus.max(sum.vcpus),
             memory_mib: pod.memory_mib.max(sum.memory_mib),

@@ -12,7 +12,7 @@ use coreos_kvm_launcher::{
 use coreos_kvm_proto::{SHARED_TAG, agent::ConfigureSandboxRequest};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
-use crate::{error::ShimError, volume::VolumeFile};
+use crate::{error::ShimError, limits, volume::VolumeFile};
 
 /// Prefix of the annotations by which a pod describes its machine.
 const PREFIX: &str = "coreos-kvm.io/";
@@ -53,6 +53,11 @@ fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
     spec.annotations().as_ref()?.get(name).map(String::as_str)
 }
 
+/// Whether the pod says itself how large its machine is.
+pub(crate) fn names_size(spec: &Spec) -> bool {
+    ["memory", "vcpus"].map(|name| annotation(spec, &format!("{PREFIX}{name}"))) != [None, None]
+}
+
 /// The machine of the pod whose sandbox, or only container, is `id`.
 ///
 /// # Errors
@@ -77,7 +82,14 @@ pub(crate) fn machine(id: &str, spec: &Spec, config: &Config) -> Result<Machine,
         vcpus,
         memory_mib: match wishes.memory_mib {
             Some(memory) => memory,
-            None => memory_of(spec, config)?,
+            None => {
+                let needed = memory_of(spec, config)?;
+                // A guest that does more than run containers, which have their limits, is to have no more than it is accounted for.
+                match cloneable && wishes.configuration.is_none() {
+                    true => limits::class_mib(needed, config.max_memory_mib),
+                    false => needed,
+                }
+            }
         },
         growth: Some(Growth::within(vcpus, config.max_vcpus, config.max_memory_mib)),
         acceleration: config.acceleration,
@@ -351,7 +363,18 @@ pub(crate) mod tests {
             SANDBOX_MEMORY: "134217729",
         }))
         .unwrap();
-        assert_eq!((machine.vcpus, machine.memory_mib), (3, 129 + 256));
+        assert_eq!((machine.vcpus, machine.memory_mib), (3, 512));
+    }
+
+    #[test]
+    fn a_pod_with_a_configuration_has_exactly_what_its_limits_add_up_to() {
+        let machine = described(json!({
+            SANDBOX_MEMORY: "134217729",
+            "coreos-kvm.io/config-inline": "{}",
+            "coreos-kvm.io/template": "true",
+        }))
+        .unwrap();
+        assert_eq!(machine.memory_mib, 129 + 256);
     }
 
     #[test]

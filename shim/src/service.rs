@@ -185,7 +185,8 @@ impl Task for Service {
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
         let resources = request.resources.into_option().unwrap_or_default().value;
-        self.pod.update(&request.id, &resources).await?;
+        let pod = self.pod.clone();
+        carried_through(async move { pod.update(&request.id, &resources).await }).await?;
         Ok(Empty::default())
     }
 

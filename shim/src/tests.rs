@@ -32,6 +32,7 @@ mod calls;
 mod failures;
 mod fake;
 mod lives;
+mod sizes;
 
 const SOON: Duration = Duration::from_secs(10);
 const SANDBOX: &str = "sandbox";

@@ -33,9 +33,10 @@ const ALONE_WITH_PORTS: &str = "pcie_ports=compat";
 /// How often a machine's memory can grow. The kernel looks at each slot when it boots.
 pub const MEMORY_SLOTS: usize = 8;
 
-/// Size of the blocks in which the guest's kernel takes memory, in MiB: `probe_memory_block_size` in arch/x86/mm/init_64.c.
+/// Size of the blocks in which the guest's kernel takes memory, in MiB: `probe_memory_block_size` in arch/x86/mm/init_64.c goes by
+/// where memory ends. Of a large machine 2 GiB are below 4 GiB, and the rest is above.
 pub fn block_mib(machine: &Machine) -> u64 {
-    if machine.memory_mib < 64 << 10 { 128 } else { 2 << 10 }
+    if machine.memory_mib < 62 << 10 { 128 } else { 2 << 10 }
 }
 
 /// What is one QEMU's own: its open descriptors, by the numbers that they have in its process, and its port.

@@ -1,9 +1,14 @@
 //! Processors and memory that a running machine is given, and that are taken from it again.
 
-use qapi::qmp::{self, MemoryBackendMemfdProperties, MemoryBackendProperties, MemoryDeviceInfo, ObjectOptions};
+use qapi::qmp::{
+    self, ACPIOSTInfo, MemoryBackendMemfdProperties, MemoryBackendProperties, MemoryDeviceInfo, ObjectOptions,
+};
 use serde_json::{Map, Value};
 
-use super::qmp::{Qmp, QmpError};
+use super::{
+    arguments::MEMORY_SLOTS,
+    qmp::{Qmp, QmpError},
+};
 
 /// What QEMU calls those that were not there from the beginning.
 const PROCESSOR: &str = "vcpu";
@@ -13,8 +18,8 @@ const MODULE: &str = "dimm";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Processors {
     /// How many there are.
-    pub count: usize,
-    /// Names of those that were plugged in.
+    pub count: u32,
+    /// Names of those that were plugged in, in the guest's order.
     pub plugged: Vec<String>,
     free: Option<Place>,
 }
@@ -42,12 +47,12 @@ impl Qmp {
     /// Of [`QmpError`]; the same holds for the others here.
     pub async fn processors(&self) -> Result<Processors, QmpError> {
         let all = self.execute(qmp::query_hotpluggable_cpus {}).await?;
-        let paths = || all.iter().filter_map(|cpu| cpu.qom_path.as_deref());
-        let plugged = paths().filter_map(|path| Some(path.strip_prefix("/machine/peripheral/")?.to_owned()));
         // QEMU says the highest first, and the lowest is the next.
+        let paths = || all.iter().rev().filter_map(|cpu| cpu.qom_path.as_deref());
+        let plugged = paths().filter_map(|path| Some(path.strip_prefix("/machine/peripheral/")?.to_owned()));
         let free = all.iter().rfind(|cpu| cpu.qom_path.is_none());
         Ok(Processors {
-            count: paths().count(),
+            count: u32::try_from(paths().count()).unwrap_or(u32::MAX),
             plugged: plugged.collect(),
             free: free.map(|cpu| Place {
                 driver: cpu.type_.clone(),
@@ -106,8 +111,12 @@ impl Qmp {
             size: mib << 20,
         };
         let backend = backend_of(&id);
-        // One that was left over when QEMU took the module out.
-        let _ = self.execute(qmp::object_del { id: backend.clone() }).await;
+        // Memory of modules that the guest has given back when nobody waited for it any more.
+        for left in (0..MEMORY_SLOTS).map(|number| format!("{MODULE}{number}")) {
+            if !modules.iter().any(|module| module.name == left) {
+                let _ = self.free_module(&left).await;
+            }
+        }
         let object = ObjectOptions::memory_backend_memfd {
             id: backend.clone(),
             memory_backend_memfd: MemoryBackendMemfdProperties::from(memory),
@@ -126,8 +135,9 @@ impl Qmp {
         added.map(drop)
     }
 
-    /// Asks the guest to give up a processor or a module. It is there until the guest does.
+    /// Asks the guest to give up a processor or a module. It is there until the guest does; see [`Qmp::is_kept`].
     pub async fn ask_back(&self, name: &str) -> Result<(), QmpError> {
+        self.kept().remove(name);
         self.execute(qmp::device_del { id: name.to_owned() }).await.map(drop)
     }
 
@@ -135,6 +145,16 @@ impl Qmp {
     pub async fn free_module(&self, name: &str) -> Result<(), QmpError> {
         self.execute(qmp::object_del { id: backend_of(name) }).await.map(drop)
     }
+}
+
+/// The device that the guest has refused to give back by these words of its, if they are that: "_OST (OSPM Status Indication)" in
+/// the ACPI specification.
+pub(super) fn refused(said: ACPIOSTInfo) -> Option<String> {
+    const ASKED_BACK: [i64; 2] = [0x03, 0x103];
+    const DONE: i64 = 0;
+    const UNDER_WAY: i64 = 0x84;
+    let refused = ASKED_BACK.contains(&said.source) && ![DONE, UNDER_WAY].contains(&said.status);
+    said.device.filter(|_| refused)
 }
 
 fn backend_of(module: &str) -> String {

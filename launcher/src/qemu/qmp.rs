@@ -2,14 +2,16 @@
 //! waited for without end.
 
 use std::{
+    collections::BTreeSet,
     io,
     os::unix::net::UnixStream as StdUnixStream,
     pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use super::devices::Device;
+use super::{devices::Device, plug};
 use futures::StreamExt;
 use qapi::{
     Command, ExecuteError,
@@ -59,11 +61,15 @@ enum Transfer {
     Failed,
 }
 
+/// Names of devices that the guest has refused to give back.
+type Kept = Arc<Mutex<BTreeSet<String>>>;
+
 /// The connection. Dropping it ends its task.
 pub struct Qmp {
     service: QapiService<QmpStreamTokio<WriteHalf<UnixStream>>>,
     ending: watch::Receiver<Ending>,
     transfer: watch::Receiver<Transfer>,
+    kept: Kept,
     events: JoinHandle<()>,
 }
 
@@ -86,11 +92,13 @@ impl Qmp {
         let (service, events) = stream.map_err(QmpError::Connection)?.into_parts();
         let (said, ending) = watch::channel(Ending::default());
         let (transferred, transfer) = watch::channel(Transfer::UnderWay);
+        let kept = Kept::default();
         Ok(Self {
             service,
             ending,
             transfer,
-            events: tokio::spawn(watch_events(events, said, transferred)),
+            kept: kept.clone(),
+            events: tokio::spawn(watch_events(events, said, transferred, kept)),
         })
     }
 
@@ -178,6 +186,20 @@ impl Qmp {
         self.execute(command).await.map(drop)
     }
 
+    /// Whether the guest's processors are halted.
+    pub async fn is_halted(&self) -> Result<bool, QmpError> {
+        self.execute(qmp::query_status {}).await.map(|status| !status.running)
+    }
+
+    /// Whether the guest has refused to give back a device, since it was last asked to.
+    pub fn is_kept(&self, name: &str) -> bool {
+        self.kept().contains(name)
+    }
+
+    pub(super) fn kept(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What is known of the guest's end. Its sender goes when QEMU's last word was read.
     pub fn ending(&self) -> watch::Receiver<Ending> {
         self.ending.clone()
@@ -207,6 +229,7 @@ async fn watch_events(
     mut events: QapiEvents<QmpStreamTokio<Bounded<ReadHalf<UnixStream>>>>,
     said: watch::Sender<Ending>,
     transferred: watch::Sender<Transfer>,
+    kept: Kept,
 ) {
     while let Some(event) = events.next().await {
         match event {
@@ -221,6 +244,11 @@ async fn watch_events(
                 qmp::MigrationStatus::failed => drop(transferred.send_replace(Transfer::Failed)),
                 _ => {}
             },
+            Ok(Event::ACPI_DEVICE_OST { data, .. }) => {
+                // QEMU knows the devices' names, so that there are no more than devices.
+                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                kept.extend(plug::refused(data.info));
+            }
             Ok(_) => {}
             // QEMU ended with words of ours unread.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,

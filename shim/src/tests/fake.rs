@@ -236,6 +236,15 @@ impl Agent for FakeAgent {
         Ok(proto::WaitProcessResponse::default())
     }
 
+    async fn update_resources(
+        &self,
+        _: &TtrpcContext,
+        request: proto::UpdateResourcesRequest,
+    ) -> ttrpc::Result<proto::Empty> {
+        self.0.called("update", request.container_id)?;
+        Ok(proto::Empty::default())
+    }
+
     async fn stats(&self, _: &TtrpcContext, _: proto::ContainerRequest) -> ttrpc::Result<proto::StatsResponse> {
         Ok(proto::StatsResponse {
             memory_usage: 4096,
@@ -348,23 +357,34 @@ impl RunningMachine for FakeMachine {
         Ok(())
     }
 
-    async fn size(&self) -> MachineSize {
-        *self.size.lock().unwrap()
-    }
-
-    async fn resize(&self, wanted: MachineSize) -> Result<(), ShimError> {
+    async fn grow(&self, wanted: MachineSize) -> Result<(), ShimError> {
         if wanted.memory_mib > LARGEST_MIB {
             return Err(ShimError::InvalidArgument("the machine would be too large".to_owned()));
         }
-        let wanted = MachineSize {
-            vcpus: wanted.vcpus.max(START.vcpus),
-            memory_mib: wanted.memory_mib.max(START.memory_mib),
-        };
-        if std::mem::replace(&mut *self.size.lock().unwrap(), wanted) != wanted {
-            let what = format!("{} {}", wanted.vcpus, wanted.memory_mib);
-            self.guest.called("size", what).unwrap();
-        }
+        self.change(|now| MachineSize {
+            vcpus: now.vcpus.max(wanted.vcpus),
+            memory_mib: now.memory_mib.max(wanted.memory_mib),
+        });
         Ok(())
+    }
+
+    async fn shrink(&self, wanted: MachineSize) -> Result<(), ShimError> {
+        self.change(|now| MachineSize {
+            vcpus: now.vcpus.min(wanted.vcpus.max(START.vcpus)),
+            memory_mib: now.memory_mib.min(wanted.memory_mib.max(START.memory_mib)),
+        });
+        Ok(())
+    }
+}
+
+impl FakeMachine {
+    fn change(&self, change: impl FnOnce(MachineSize) -> MachineSize) {
+        let mut now = self.size.lock().unwrap();
+        let new = change(*now);
+        if std::mem::replace(&mut *now, new) != new {
+            let what = format!("{} {}", new.vcpus, new.memory_mib);
+            let _ = self.guest.called("size", what);
+        }
     }
 }
 
