@@ -85,8 +85,12 @@ impl Agent for Service {
         empty(network::configure(&request).await)
     }
 
-    async fn take_size(&self, _: &TtrpcContext, request: proto::TakeSizeRequest) -> Answer<proto::Empty> {
-        empty(size::take(request.vcpus, request.memory_mib).await)
+    async fn take_size(&self, _: &TtrpcContext, request: proto::TakeSizeRequest) -> Answer<proto::TakeSizeResponse> {
+        Ok(proto::TakeSizeResponse {
+            vcpus: size::take(request.vcpus, request.memory_mib).await?,
+            available_mib: size::available_mib()?,
+            ..Default::default()
+        })
     }
 
     async fn create_container(

@@ -1,5 +1,5 @@
-//! Processors and memory that the host plugs into the running guest. The kernel finds them by itself; that they are used is for
-//! user space to say.
+//! How many of its processors the guest uses, and the memory that the host plugs into it. The kernel finds that by itself; that it
+//! is used is for user space to say.
 
 use std::{
     fs, io,
@@ -17,6 +17,8 @@ use crate::error::AgentError;
 /// Documentation/admin-guide/cputopology.rst and mm/memory-hotplug.rst of the kernel.
 const PROCESSORS: &str = "/sys/devices/system/cpu";
 const MEMORY: &str = "/sys/devices/system/memory";
+/// proc(5).
+const MEMINFO: &str = "/proc/meminfo";
 /// New memory is for what can be moved elsewhere, so that it can be given back, as long as there is enough for all else.
 const POLICY: (&str, &str) = ("/sys/module/memory_hotplug/parameters/online_policy", "auto-movable");
 
@@ -24,46 +26,84 @@ const POLICY: (&str, &str) = ("/sys/module/memory_hotplug/parameters/online_poli
 const PLUGGED: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(10);
 
-/// Uses all processors and all memory; answers when there are so many and so much, in MiB.
+/// Uses so many processors, and all memory; answers when the latter is at least so much, in MiB, with the number of processors.
 ///
 /// # Errors
-/// When the kernel does not take them, or in time.
-pub(crate) async fn take(vcpus: u32, memory_mib: u64) -> Result<(), AgentError> {
-    let deadline = Instant::now() + PLUGGED;
+/// When the machine has not so many processors, or the kernel does not take what there is, or in time.
+pub(crate) async fn take(vcpus: u32, memory_mib: u64) -> Result<u32, AgentError> {
     // A kernel without that choice makes its own.
     let _ = fs::write(POLICY.0, POLICY.1);
-    let wanted = (usize::try_from(vcpus).unwrap_or(usize::MAX), memory_mib);
+    let deadline = Instant::now() + PLUGGED;
     loop {
-        // The kernel prepares what it takes, which others who call are not to wait for.
-        let taken = spawn_blocking(|| Ok((take_processors(Path::new(PROCESSORS))?, take_memory(Path::new(MEMORY))?)));
-        let taken = taken.await.unwrap_or_else(|error| Err(io::Error::other(error)));
-        let (processors, memory) = taken.map_err(AgentError::failed("taking processors and memory into use"))?;
-        if processors >= wanted.0 && memory >= wanted.1 {
-            return Ok(());
+        let memory = off_thread(|| take_memory(Path::new(MEMORY))).await;
+        let memory = memory.map_err(AgentError::failed("taking memory into use"))?;
+        if memory >= memory_mib {
+            break;
         }
         if Instant::now() >= deadline {
-            let message = format!(
-                "the guest's kernel has {processors} processors and {memory} MiB of memory after {} s, and is to have {vcpus} and {memory_mib} MiB",
+            return Err(AgentError::FailedPrecondition(format!(
+                "the guest's kernel has {memory} MiB of memory after {} s, and is to have {memory_mib} MiB",
                 PLUGGED.as_secs()
-            );
-            return Err(AgentError::FailedPrecondition(message));
+            )));
         }
         sleep(LOOK).await;
     }
+    let wanted = usize::try_from(vcpus).unwrap_or(usize::MAX);
+    let used = off_thread(move || take_processors(Path::new(PROCESSORS), wanted)).await;
+    let used = used.map_err(AgentError::failed("changing the processors in use"))?;
+    if used < wanted {
+        return Err(AgentError::FailedPrecondition(format!(
+            "the guest has {used} processors, and is to use {vcpus}"
+        )));
+    }
+    Ok(u32::try_from(used).unwrap_or(u32::MAX))
 }
 
-/// Answers how many processors are in use.
-fn take_processors(folder: &Path) -> io::Result<usize> {
-    let mut count = 0;
-    for processor in numbered(folder, "cpu")? {
-        let switch = processor.join("online");
-        // The first one of most machines has none.
-        if fs::read_to_string(&switch).is_ok_and(|state| state.trim() == "0") {
-            fs::write(&switch, "1")?;
-        }
-        count += 1;
+/// Memory that nobody needs, or that is needed for caches only, in MiB.
+///
+/// # Errors
+/// When the kernel does not say.
+pub(crate) fn available_mib() -> Result<u64, AgentError> {
+    let text = fs::read_to_string(MEMINFO).map_err(AgentError::failed("reading how much memory is available"))?;
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
+    match kib.map(str::parse::<u64>) {
+        Some(Ok(kib)) => Ok(kib >> 10),
+        _ => Err(AgentError::FailedPrecondition(
+            "the guest's kernel does not say how much memory is available".to_owned(),
+        )),
     }
-    Ok(count)
+}
+
+/// The kernel takes its time with these, which other callers are not to wait for.
+async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(io::Error::other(error)))
+}
+
+/// Uses the first `wanted` processors, and sets the others aside where the kernel does. Answers how many are in use.
+fn take_processors(folder: &Path, wanted: usize) -> io::Result<usize> {
+    let mut all = numbered(folder, "cpu")?;
+    // The first one of most machines has no switch.
+    let is_used = |folder: &Path| fs::read_to_string(folder.join("online")).map_or(true, |state| state.trim() != "0");
+    let mut used = all.iter().filter(|(_, folder)| is_used(folder)).count();
+    // One at a time: several at once have locked up translated guests.
+    for (_, processor) in &all {
+        if used < wanted && !is_used(processor) {
+            fs::write(processor.join("online"), "1")?;
+            used += 1;
+        }
+    }
+    all.reverse();
+    for (_, processor) in &all {
+        // One that somebody is bound to stays.
+        if used > wanted && is_used(processor) && fs::write(processor.join("online"), "0").is_ok() {
+            used -= 1;
+        }
+    }
+    Ok(used)
 }
 
 /// Answers how much memory is in use, in MiB.
@@ -75,7 +115,7 @@ fn take_memory(folder: &Path) -> io::Result<u64> {
         Err(error) => return Err(error),
     };
     let mut total = 0;
-    for memory in numbered(folder, "memory")? {
+    for (_, memory) in numbered(folder, "memory")? {
         let state = memory.join("state");
         match fs::read_to_string(&state) {
             Ok(text) if text.trim() == "offline" => fs::write(&state, "online")?,
@@ -87,16 +127,17 @@ fn take_memory(folder: &Path) -> io::Result<u64> {
     Ok(total)
 }
 
-/// The folders of that name with a number behind it.
-fn numbered(folder: &Path, name: &str) -> io::Result<Vec<PathBuf>> {
+/// The folders of that name with a number behind it, by that number.
+fn numbered(folder: &Path, name: &str) -> io::Result<Vec<(u32, PathBuf)>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
         let number = path.file_name().and_then(|file| file.to_str()?.strip_prefix(name));
-        if number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())) {
-            found.push(path);
+        if let Some(number) = number.and_then(|number| number.parse().ok()) {
+            found.push((number, path));
         }
     }
+    found.sort_unstable();
     Ok(found)
 }
 
@@ -104,30 +145,54 @@ fn numbered(folder: &Path, name: &str) -> io::Result<Vec<PathBuf>> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn what_is_not_in_use_is_taken() {
-        let root = tempfile::tempdir().unwrap();
-        let file = |path: &str, text: &str| {
-            let path = root.path().join(path);
+    struct Sysfs(tempfile::TempDir);
+
+    impl Sysfs {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn file(&self, path: &str, text: &str) {
+            let path = self.0.path().join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
-        };
-        let read = |path: &str| fs::read_to_string(root.path().join(path)).unwrap();
-        file("cpu0/topology/core_id", "0");
-        file("cpu1/online", "0\n");
-        file("cpu2/online", "1\n");
-        file("cpuidle/current_driver", "none");
-        assert_eq!(take_processors(root.path()).unwrap(), 3);
-        assert_eq!((read("cpu1/online"), read("cpu2/online")), ("1".into(), "1\n".into()));
+        }
 
-        file("block_size_bytes", "8000000\n");
-        file("memory0/state", "online\n");
-        file("memory32/state", "offline\n");
-        file("memory_hotplug/state", "offline");
-        assert_eq!(take_memory(root.path()).unwrap(), 256);
-        assert_eq!(
-            (read("memory32/state"), read("memory0/state")),
-            ("online".into(), "online\n".into())
-        );
+        fn read(&self, path: &str) -> String {
+            fs::read_to_string(self.0.path().join(path)).unwrap()
+        }
+    }
+
+    #[test]
+    fn the_first_processors_are_used() {
+        let sysfs = Sysfs::new();
+        sysfs.file("cpu0/topology/core_id", "0");
+        for number in 1..12 {
+            sysfs.file(&format!("cpu{number}/online"), "0\n");
+        }
+        sysfs.file("cpuidle/current_driver", "none");
+        let used = || -> Vec<_> {
+            let used = |number: &u32| sysfs.read(&format!("cpu{number}/online")).starts_with('1');
+            (1..12).filter(used).collect()
+        };
+        let take = |count| take_processors(sysfs.0.path(), count).unwrap();
+        assert_eq!((take(3), used()), (3, vec![1, 2]));
+        assert_eq!((take(3), used()), (3, vec![1, 2]));
+        assert_eq!((take(11), used()), (11, (1..11).collect()));
+        assert_eq!((take(2), used()), (2, vec![1]));
+        assert_eq!((take(13), used()), (12, (1..12).collect()));
+        assert_eq!((take(0), used()), (1, vec![]));
+    }
+
+    #[test]
+    fn memory_that_is_not_in_use_is_taken() {
+        let sysfs = Sysfs::new();
+        sysfs.file("block_size_bytes", "8000000\n");
+        sysfs.file("memory0/state", "online\n");
+        sysfs.file("memory32/state", "offline\n");
+        sysfs.file("memory_hotplug/state", "offline");
+        assert_eq!(take_memory(sysfs.0.path()).unwrap(), 256);
+        assert_eq!(sysfs.read("memory32/state"), "online");
+        assert_eq!(sysfs.read("memory0/state"), "online\n");
     }
 }

@@ -145,8 +145,9 @@ impl AgentClient {
         .map(drop)
     }
 
-    /// Has the guest use so many processors and so much memory as it has been given.
-    pub async fn take_size(&self, vcpus: u32, memory_mib: u64) -> Result<(), AgentError> {
+    /// Has the guest use so many processors, and at least so much memory. Answers how many processors it uses,
+    /// and how much memory it could do without.
+    pub async fn take_size(&self, vcpus: u32, memory_mib: u64) -> Result<proto::TakeSizeResponse, AgentError> {
         let request = proto::TakeSizeRequest {
             vcpus,
             memory_mib,
@@ -156,7 +157,6 @@ impl AgentClient {
             rpc.take_size(context, &request).await
         })
         .await
-        .map(drop)
     }
 
     /// Creates a container from its OCI specification (JSON, with the guest's paths). Answers the init's pid in the guest.

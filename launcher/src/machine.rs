@@ -144,7 +144,7 @@ pub enum MachineError {
     KernelArguments { length: usize },
 }
 
-/// To how many processors a smaller machine can grow. The guest prepares for each of them when it boots, and for many that takes long.
+/// To how many processors a smaller machine can grow: they are all there when it starts, and the guest prepares for each of them.
 const GROWTH_VCPUS: u32 = 8;
 
 /// Processors of a machine at most; QEMU's q35 takes 288.

@@ -108,7 +108,7 @@ impl RunningMachine for Vm {
     async fn grow(&self, wanted: MachineSize) -> Result<(), ShimError> {
         Vm::grow(self, wanted).await.map(drop).map_err(|error| match error {
             ResizeError::Processors { .. } | ResizeError::Memory { .. } => ShimError::invalid(error),
-            ResizeError::Fixed | ResizeError::NoPlace { .. } | ResizeError::Paused => {
+            ResizeError::Fixed | ResizeError::NoPlace | ResizeError::Paused => {
                 ShimError::FailedPrecondition(sentence(&error))
             }
             error => ShimError::while_doing("giving the machine another size")(error),

@@ -306,8 +306,10 @@ impl Pod {
             self.size_with(&[(id, container.limits().changed(&resources))]),
         );
         // What is allowed is there before, and taken away only when it is not allowed any more.
-        machine.grow(wanted).await?;
-        let updated = container.update(&resources).await;
+        let updated = match machine.grow(wanted).await {
+            Ok(()) => container.update(&resources).await,
+            Err(error) => Err(error),
+        };
         let needed = if updated.is_ok() { wanted } else { before };
         if let Err(error) = machine.shrink(needed).await {
             tracing::warn!(container_id = id, %error, "the machine keeps what it does not need any more");

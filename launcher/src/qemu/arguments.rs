@@ -25,13 +25,16 @@ const TCG_CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt";
 
 /// MiB of translated code that TCG keeps. The default of QEMU (a quarter of the guest's memory and more) costs some 280 MB.
 const TCG_TRANSLATION_MIB: u32 = 64;
+/// Of these QEMU sets so much aside for each processor, whether it runs or not; "region" in tcg/region.c.
+const TCG_TRANSLATION_OF_ONE_MIB: u32 = 2;
 
 /// Kernel argument: no drivers for root ports themselves. That for hotplug would wait 5 s when a clone's devices are there, and
 /// then take them for new.
 const ALONE_WITH_PORTS: &str = "pcie_ports=compat";
 
-/// How often a machine's memory can grow. The kernel looks at each slot when it boots.
-pub const MEMORY_SLOTS: usize = 8;
+/// How often a machine's memory can grow: virtiofsd and vhost-device-vsock take eight pieces of memory, and at the beginning there
+/// are up to two, below and above 4 GiB.
+pub const MEMORY_SLOTS: usize = 6;
 
 /// Size of the blocks in which the guest's kernel takes memory, in MiB: `probe_memory_block_size` in arch/x86/mm/init_64.c goes by
 /// where memory ends. Of a large machine 2 GiB are below 4 GiB, and the rest is above.
@@ -166,19 +169,22 @@ fn platform(line: &mut Line, machine: &Machine, acceleration: Acceleration) {
             line.add("cpu", "host");
         }
         Acceleration::Tcg => {
-            line.add("accel", format!("tcg,thread=multi,tb-size={TCG_TRANSLATION_MIB}"));
+            let spare = TCG_TRANSLATION_OF_ONE_MIB * (processors(machine) - machine.vcpus);
+            line.add(
+                "accel",
+                format!("tcg,thread=multi,tb-size={}", TCG_TRANSLATION_MIB + spare),
+            );
             line.add("cpu", TCG_CPU);
         }
     }
-    let most = machine
-        .growth
-        .map_or(machine.vcpus, |growth| growth.vcpus.max(machine.vcpus));
-    let maxcpus = if most > machine.vcpus {
-        format!(",maxcpus={most}")
-    } else {
-        String::new()
-    };
-    line.add("smp", format!("cpus={}{maxcpus}", machine.vcpus));
+    line.add("smp", format!("cpus={}", processors(machine)));
+}
+
+/// All processors of a machine, those included that its guest does not use as long as it is not told to. They are there from the
+/// beginning: QEMU's translation does not bear that others come (no room for their code is left) or go (memory is freed twice).
+fn processors(machine: &Machine) -> u32 {
+    let most = machine.growth.map_or(0, |growth| growth.vcpus);
+    most.max(machine.vcpus)
 }
 
 /// The guest's memory. Shared, for virtiofsd and vhost-device-vsock read and write it, unless it is a clone that has neither.
@@ -254,6 +260,9 @@ fn kernel_arguments(machine: &Machine, of_the_start: String) -> String {
     if matches!(machine.network, Network::User { .. }) {
         // dracut.cmdline(7). The agent gives the interface its address, but names are resolved by a file.
         ours.push(format!("nameserver={}", forward::NAME_SERVER));
+    }
+    if processors(machine) > machine.vcpus {
+        ours.push(format!("maxcpus={}", machine.vcpus));
     }
     let guest = machine.guest.kernel_args.iter().map(String::as_str);
     guest
@@ -454,9 +463,11 @@ mod tests {
             }),
             ..machine()
         };
-        let lines = lines(&machine, Acceleration::Kvm, &descriptors());
-        assert!(lines.contains("-smp cpus=1,maxcpus=8"), "{lines}");
-        assert!(lines.contains("-m size=512M,slots=8,maxmem=2048M"), "{lines}");
+        let lines = lines(&machine, Acceleration::Tcg, &descriptors());
+        assert!(lines.contains("-smp cpus=8\n"), "{lines}");
+        assert!(lines.contains(" maxcpus=1"), "{lines}");
+        assert!(lines.contains("tb-size=78\n"), "{lines}");
+        assert!(lines.contains("-m size=512M,slots=6,maxmem=2048M"), "{lines}");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Processors and memory that a running machine is given, and that are taken from it again.
+//! Memory that a running machine is given, and that is taken from it again.
 
 use qapi::qmp::{
     self, ACPIOSTInfo, MemoryBackendMemfdProperties, MemoryBackendProperties, MemoryDeviceInfo, ObjectOptions,
@@ -10,28 +10,8 @@ use super::{
     qmp::{Qmp, QmpError},
 };
 
-/// What QEMU calls those that were not there from the beginning.
-const PROCESSOR: &str = "vcpu";
+/// What QEMU calls modules, with a number.
 const MODULE: &str = "dimm";
-
-/// The processors of a machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Processors {
-    /// How many there are.
-    pub count: u32,
-    /// Names of those that were plugged in, in the guest's order.
-    pub plugged: Vec<String>,
-    free: Option<Place>,
-}
-
-/// Where another processor can be.
-#[derive(Debug, Clone, PartialEq)]
-struct Place {
-    driver: String,
-    properties: Map<String, Value>,
-}
-
-impl Eq for Place {}
 
 /// A memory module that was plugged in.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,47 +21,10 @@ pub struct Module {
 }
 
 impl Qmp {
-    /// The processors there are.
+    /// The memory modules that were plugged in.
     ///
     /// # Errors
     /// Of [`QmpError`]; the same holds for the others here.
-    pub async fn processors(&self) -> Result<Processors, QmpError> {
-        let all = self.execute(qmp::query_hotpluggable_cpus {}).await?;
-        // QEMU says the highest first, and the lowest is the next.
-        let paths = || all.iter().rev().filter_map(|cpu| cpu.qom_path.as_deref());
-        let plugged = paths().filter_map(|path| Some(path.strip_prefix("/machine/peripheral/")?.to_owned()));
-        let free = all.iter().rfind(|cpu| cpu.qom_path.is_none());
-        Ok(Processors {
-            count: u32::try_from(paths().count()).unwrap_or(u32::MAX),
-            plugged: plugged.collect(),
-            free: free.map(|cpu| Place {
-                driver: cpu.type_.clone(),
-                properties: match serde_json::to_value(&cpu.props) {
-                    Ok(Value::Object(properties)) => properties,
-                    _ => Map::new(),
-                },
-            }),
-        })
-    }
-
-    /// Plugs in another processor beside these; answers whether there was a place for it.
-    pub async fn add_processor(&self, processors: &Processors) -> Result<bool, QmpError> {
-        let Some(place) = &processors.free else {
-            return Ok(false);
-        };
-        let id = free_name(PROCESSOR, |name| {
-            processors.plugged.iter().any(|plugged| plugged == name)
-        });
-        let command = qmp::device_add {
-            bus: None,
-            id: Some(id),
-            driver: place.driver.clone(),
-            arguments: place.properties.clone(),
-        };
-        self.execute(command).await.map(|_| true)
-    }
-
-    /// The memory modules that were plugged in.
     pub async fn modules(&self) -> Result<Vec<Module>, QmpError> {
         let all = self.execute(qmp::query_memory_devices {}).await?;
         let modules = all.into_iter().filter_map(|device| match device {
@@ -96,7 +39,9 @@ impl Qmp {
 
     /// Plugs in a module of so much memory beside `modules`. Shared, as all of the guest's memory.
     pub async fn add_module(&self, modules: &[Module], mib: u64) -> Result<(), QmpError> {
-        let id = free_name(MODULE, |name| modules.iter().any(|module| module.name == name));
+        let is_free = |name: &String| !modules.iter().any(|module| module.name == *name);
+        let mut names = (0..).map(|number| format!("{MODULE}{number}"));
+        let id = names.find(is_free).unwrap_or_else(|| MODULE.to_owned());
         let memory = MemoryBackendProperties {
             dump: None,
             host_nodes: None,
@@ -113,7 +58,7 @@ impl Qmp {
         let backend = backend_of(&id);
         // Memory of modules that the guest has given back when nobody waited for it any more.
         for left in (0..MEMORY_SLOTS).map(|number| format!("{MODULE}{number}")) {
-            if !modules.iter().any(|module| module.name == left) {
+            if is_free(&left) {
                 let _ = self.free_module(&left).await;
             }
         }
@@ -135,7 +80,7 @@ impl Qmp {
         added.map(drop)
     }
 
-    /// Asks the guest to give up a processor or a module. It is there until the guest does; see [`Qmp::is_kept`].
+    /// Asks the guest to give up a module. It is there until the guest does; see [`Qmp::is_kept`].
     pub async fn ask_back(&self, name: &str) -> Result<(), QmpError> {
         self.kept().remove(name);
         self.execute(qmp::device_del { id: name.to_owned() }).await.map(drop)
@@ -159,10 +104,4 @@ pub(super) fn refused(said: ACPIOSTInfo) -> Option<String> {
 
 fn backend_of(module: &str) -> String {
     format!("{module}-memory")
-}
-
-/// The first name that nobody has.
-fn free_name(kind: &str, taken: impl Fn(&str) -> bool) -> String {
-    let mut names = (0..).map(|number| format!("{kind}{number}"));
-    names.find(|name| !taken(name)).unwrap_or_else(|| kind.to_owned())
 }

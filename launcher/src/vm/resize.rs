@@ -1,5 +1,5 @@
-//! Another size for a running machine: processors and memory modules are plugged in, and what was plugged in is taken out again
-//! where the guest gives it back. What a machine started with stays.
+//! Another size for a running machine: its guest uses more of its processors, or less of them; memory modules are plugged in, and
+//! taken out again where the guest gives them back. What a machine started with stays.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -11,7 +11,7 @@ use crate::{
     machine::{Growth, Machine},
     qemu::{
         arguments::{MEMORY_SLOTS, block_mib},
-        plug::{Module, Processors},
+        plug::Module,
         qmp::QmpError,
     },
     state::{Record, StateError},
@@ -19,6 +19,8 @@ use crate::{
 
 /// Longest time in which a guest gives back what it is asked for at once.
 const GIVEN_BACK: Duration = Duration::from_secs(20);
+/// Memory that has to be available beside what a guest is to give back, in MiB.
+const SPARE_MIB: u64 = 64;
 /// Between two looks at whether it has.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -40,8 +42,10 @@ pub enum ResizeError {
     Processors { vcpus: u32, most: u32 },
     #[error("a machine with {memory_mib} MiB is too large: `max_memory_mib` in config.toml allows {most}")]
     Memory { memory_mib: u64, most: u64 },
-    #[error("the running machine has no place for more {what}: it has to be started anew with the size that it needs")]
-    NoPlace { what: &'static str },
+    #[error(
+        "the memory of the running machine has grown too often: it has to be started anew with the size that it needs"
+    )]
+    NoPlace,
     #[error("the machine is paused, and cannot grow until it goes on")]
     Paused,
     #[error(transparent)]
@@ -58,16 +62,11 @@ pub(super) struct Sizes {
     start: MachineSize,
     most: Option<Growth>,
     block_mib: u64,
-    /// When last looked at, and as it is recorded.
+    /// When last looked at.
     now: MachineSize,
-    /// What the guest was asked to give back and has neither given back nor refused: it can be gone at any time.
+    recorded: MachineSize,
+    /// Modules that the guest was asked to give back and has neither given back nor refused: they can be gone at any time.
     asked_back: BTreeSet<String>,
-}
-
-/// What is plugged in.
-struct Parts {
-    processors: Processors,
-    modules: Vec<Module>,
 }
 
 impl Vm {
@@ -87,8 +86,9 @@ impl Vm {
             return Ok(sizes.now);
         }
         sizes.allow(wanted)?;
-        let parts = self.look(&mut sizes).await?;
-        if sizes.certain(&parts).holds(wanted) {
+        let modules = self.look(&mut sizes).await?;
+        let missing_mib = wanted.memory_mib.saturating_sub(sizes.certain_mib(&modules));
+        if missing_mib == 0 && wanted.vcpus <= sizes.now.vcpus {
             return Ok(sizes.now);
         }
         // A halted guest takes nothing into use.
@@ -96,30 +96,30 @@ impl Vm {
             return Err(ResizeError::Paused);
         }
         let (begin, before) = (Instant::now(), sizes.now);
-        let grown = self.add(&sizes, parts, wanted).await;
+        let grown = self.add(&mut sizes, &modules, missing_mib, wanted.vcpus).await;
         let looked = self.look(&mut sizes).await;
         self.tell(before, sizes.now, begin);
         grown?;
         looked.map(|_| sizes.now)
     }
 
-    /// Takes out what this size does not need, of what the machine has been given; what the guest does not give back stays, which
+    /// Takes away what this size does not need, of what the machine has been given; what the guest does not give back stays, which
     /// is no error. Answers the size that the machine has then.
     ///
     /// # Errors
-    /// When QEMU does not do its part.
+    /// When QEMU or the agent do not do their part.
     pub async fn shrink(&self, wanted: MachineSize) -> Result<MachineSize, ResizeError> {
         let mut sizes = self.sizes.lock().await;
         if sizes.now == sizes.start {
             return Ok(sizes.now);
         }
-        let parts = self.look(&mut sizes).await?;
+        let modules = self.look(&mut sizes).await?;
         // A halted guest gives nothing back.
         if self.qmp.is_halted().await? {
             return Ok(sizes.now);
         }
         let (begin, before) = (Instant::now(), sizes.now);
-        let shrunk = self.take_out(&mut sizes, parts, wanted).await;
+        let shrunk = self.take_away(&mut sizes, modules, wanted).await;
         let looked = self.look(&mut sizes).await;
         self.tell(before, sizes.now, begin);
         shrunk?;
@@ -127,49 +127,56 @@ impl Vm {
     }
 
     /// Adds what is missing, as far as it gets.
-    async fn add(&self, sizes: &Sizes, parts: Parts, wanted: MachineSize) -> Result<(), ResizeError> {
-        let certain = sizes.certain(&parts);
-        if wanted.memory_mib > certain.memory_mib {
-            if parts.modules.len() >= MEMORY_SLOTS {
-                return Err(ResizeError::NoPlace { what: "memory" });
+    async fn add(
+        &self,
+        sizes: &mut Sizes,
+        modules: &[Module],
+        missing_mib: u64,
+        vcpus: u32,
+    ) -> Result<(), ResizeError> {
+        let mut memory_mib = sizes.now.memory_mib;
+        if missing_mib > 0 {
+            if modules.len() >= MEMORY_SLOTS {
+                return Err(ResizeError::NoPlace);
             }
-            let more = (wanted.memory_mib - certain.memory_mib).next_multiple_of(sizes.block_mib);
-            self.qmp.add_module(&parts.modules, more).await?;
-            // Its kernel takes memory for the lists of the new one, which containers are not to wait for.
-            let memory_mib = sizes.now.memory_mib + more;
-            self.agent.take_size(sizes.now.vcpus, memory_mib).await?;
+            let more = missing_mib.next_multiple_of(sizes.block_mib);
+            self.qmp.add_module(modules, more).await?;
+            memory_mib += more;
         }
-        // One at a time: several at once have locked up translated guests.
-        let mut processors = parts.processors;
-        for _ in certain.vcpus..wanted.vcpus {
-            if !self.qmp.add_processor(&processors).await? {
-                return Err(ResizeError::NoPlace { what: "processors" });
-            }
-            processors = self.qmp.processors().await?;
-            self.agent.take_size(processors.count, 0).await?;
-        }
-        Ok(())
+        // Its kernel needs memory for the lists of the new, which containers are not to wait for.
+        let vcpus = vcpus.max(sizes.now.vcpus);
+        let used = self.agent.take_size(vcpus, memory_mib).await;
+        // Where it fails the guest may use them all the same.
+        sizes.note_processors(used.as_ref().map_or(vcpus, |used| used.vcpus));
+        used.map(drop).map_err(Into::into)
     }
 
-    async fn take_out(&self, sizes: &mut Sizes, parts: Parts, wanted: MachineSize) -> Result<(), ResizeError> {
-        let deadline = Instant::now() + GIVEN_BACK;
-        let Parts {
-            processors,
-            mut modules,
-        } = parts;
-        let mut spare = processors.count.saturating_sub(wanted.vcpus.max(sizes.start.vcpus));
-        // The last first: a guest numbers them as they come.
-        for name in processors.plugged.iter().rev() {
-            if spare == 0 || !self.given_back(sizes, name, deadline).await? {
-                break;
-            }
-            spare -= 1;
+    async fn take_away(
+        &self,
+        sizes: &mut Sizes,
+        mut modules: Vec<Module>,
+        wanted: MachineSize,
+    ) -> Result<(), ResizeError> {
+        let vcpus = wanted.vcpus.max(sizes.start.vcpus);
+        if vcpus < sizes.now.vcpus {
+            let used = self.agent.take_size(vcpus, 0).await?;
+            sizes.note_processors(used.vcpus);
         }
-        modules.sort_by_key(|module| std::cmp::Reverse(module.mib));
+        let deadline = Instant::now() + GIVEN_BACK;
         let needed = wanted.memory_mib.saturating_sub(sizes.start.memory_mib);
-        let mut left: u64 = modules.iter().map(|module| module.mib).sum();
+        let mut left = total(&modules);
+        modules.sort_by_key(|module| std::cmp::Reverse(module.mib));
         for module in modules {
-            if left - module.mib >= needed && self.given_back(sizes, &module.name, deadline).await? {
+            if left - module.mib < needed {
+                continue;
+            }
+            // Its kernel would move what is there to where there is no room, and kill for that, or panic.
+            let available = self.agent.take_size(sizes.now.vcpus, 0).await?.available_mib;
+            if available < module.mib.saturating_add(SPARE_MIB) {
+                tracing::info!(machine = %self.id, available, "the guest uses {}, which stays", module.name);
+                continue;
+            }
+            if self.given_back(sizes, &module.name, deadline).await? {
                 self.qmp.free_module(&module.name).await?;
                 left -= module.mib;
             }
@@ -177,7 +184,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Asks the guest to give something back; answers whether it did.
+    /// Asks the guest to give a module back; answers whether it did.
     async fn given_back(&self, sizes: &mut Sizes, name: &str, deadline: Instant) -> Result<bool, ResizeError> {
         if Instant::now() >= deadline {
             return Ok(false);
@@ -188,7 +195,7 @@ impl Vm {
             tracing::info!(machine = %self.id, %error, "{name} is not asked for");
         }
         loop {
-            if !self.parts().await?.has(name) {
+            if !is_there(&self.qmp.modules().await?, name) {
                 sizes.asked_back.remove(name);
                 return Ok(true);
             }
@@ -205,30 +212,23 @@ impl Vm {
         }
     }
 
-    async fn parts(&self) -> Result<Parts, QmpError> {
-        Ok(Parts {
-            processors: self.qmp.processors().await?,
-            modules: self.qmp.modules().await?,
-        })
-    }
-
-    /// What the machine has, which is recorded: a guest can give back late, or unasked.
-    async fn look(&self, sizes: &mut Sizes) -> Result<Parts, ResizeError> {
-        let parts = self.parts().await?;
+    /// The modules that the machine has, which is recorded: a guest can give one back late, or unasked.
+    async fn look(&self, sizes: &mut Sizes) -> Result<Vec<Module>, ResizeError> {
+        let modules = self.qmp.modules().await?;
         sizes
             .asked_back
-            .retain(|name| parts.has(name) && !self.qmp.is_kept(name));
-        let now = sizes.with(&parts, |_| true);
-        if now != sizes.now {
-            sizes.now = now;
+            .retain(|name| is_there(&modules, name) && !self.qmp.is_kept(name));
+        sizes.now.memory_mib = sizes.start.memory_mib + total(&modules);
+        if sizes.now != sizes.recorded {
             let record = Record {
-                vcpus: now.vcpus,
-                memory_mib: now.memory_mib,
+                vcpus: sizes.now.vcpus,
+                memory_mib: sizes.now.memory_mib,
                 ..self.record.clone()
             };
             self.state.write(&record)?;
+            sizes.recorded = sizes.now;
         }
-        Ok(parts)
+        Ok(modules)
     }
 
     fn tell(&self, before: MachineSize, now: MachineSize, begin: Instant) {
@@ -250,13 +250,6 @@ impl MachineSize {
     }
 }
 
-impl Parts {
-    fn has(&self, name: &str) -> bool {
-        let modules = self.modules.iter().map(|module| &module.name);
-        modules.chain(&self.processors.plugged).any(|there| there == name)
-    }
-}
-
 impl Sizes {
     /// Those of a machine that has just come up.
     pub(super) fn of(machine: &Machine) -> Self {
@@ -269,26 +262,21 @@ impl Sizes {
             most: machine.growth,
             block_mib: block_mib(machine),
             now: start,
+            recorded: start,
             asked_back: BTreeSet::new(),
         }
     }
 
-    /// The size with those of the parts that count.
-    fn with(&self, parts: &Parts, counts: impl Fn(&String) -> bool) -> MachineSize {
-        let absent = parts.processors.plugged.iter().filter(|name| !counts(name)).count();
-        let modules = parts.modules.iter().filter(|module| counts(&module.name));
-        MachineSize {
-            vcpus: parts
-                .processors
-                .count
-                .saturating_sub(u32::try_from(absent).unwrap_or(u32::MAX)),
-            memory_mib: self.start.memory_mib + modules.map(|module| module.mib).sum::<u64>(),
-        }
+    /// Memory that nobody takes away meanwhile.
+    fn certain_mib(&self, modules: &[Module]) -> u64 {
+        let certain = modules.iter().filter(|module| !self.asked_back.contains(&module.name));
+        self.start.memory_mib + certain.map(|module| module.mib).sum::<u64>()
     }
 
-    /// What nobody takes away meanwhile.
-    fn certain(&self, parts: &Parts) -> MachineSize {
-        self.with(parts, |name| !self.asked_back.contains(name))
+    /// Notes how many processors the guest uses, by its own word: there are no more than there are.
+    fn note_processors(&mut self, used: u32) {
+        let most = self.most.map_or(0, |most| most.vcpus);
+        self.now.vcpus = used.min(most).max(self.start.vcpus);
     }
 
     fn allow(&self, wanted: MachineSize) -> Result<(), ResizeError> {
@@ -307,4 +295,12 @@ impl Sizes {
         }
         Ok(())
     }
+}
+
+fn total(modules: &[Module]) -> u64 {
+    modules.iter().map(|module| module.mib).sum()
+}
+
+fn is_there(modules: &[Module], name: &str) -> bool {
+    modules.iter().any(|module| module.name == name)
 }
