@@ -23,6 +23,7 @@ mod lab;
 mod machine;
 mod many;
 mod network;
+mod size;
 mod testbed;
 
 use lab::{Lab, Start};
@@ -80,6 +81,7 @@ fn on_each(lab: &Arc<Lab>) -> Vec<Trial> {
         events::trials,
         death::trials,
         alone::trials,
+        size::trials,
     ]
     .into_iter()
     .flat_map(|trials| trials(lab))

@@ -5,12 +5,14 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use containerd_client::services::v1::{UpdateTaskRequest, tasks_client::TasksClient};
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     ContainerState, ContainerStats, ContainerStatsRequest, ContainerStatus, ContainerStatusRequest,
-    CreateContainerRequest, ExecRequest, ExecSyncRequest, ExecSyncResponse, ListContainersRequest,
-    ListPodSandboxRequest, PodSandboxStatus, PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest,
-    RunPodSandboxRequest, StartContainerRequest, StatusRequest, StopContainerRequest, StopPodSandboxRequest,
+    CreateContainerRequest, ExecRequest, ExecSyncRequest, ExecSyncResponse, LinuxContainerResources,
+    ListContainersRequest, ListPodSandboxRequest, PodSandboxStatus, PodSandboxStatusRequest, RemoveContainerRequest,
+    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StatusRequest, StopContainerRequest,
+    StopPodSandboxRequest, UpdateContainerResourcesRequest,
 };
 use tonic::transport::Channel;
 use tonic::{Response, Status};
@@ -32,6 +34,7 @@ const CALL_BOUND: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Cri {
     runtime: tokio::runtime::Runtime,
+    channel: Channel,
     client: RuntimeServiceClient<Channel>,
 }
 
@@ -51,7 +54,8 @@ impl Cri {
             .context("connecting to containerd")?;
         Ok(Self {
             runtime,
-            client: RuntimeServiceClient::new(channel),
+            client: RuntimeServiceClient::new(channel.clone()),
+            channel,
         })
     }
 
@@ -113,6 +117,35 @@ impl Cri {
         };
         let mut client = self.client.clone();
         self.call("rm", CALL_BOUND, client.remove_container(request)).map(drop)
+    }
+
+    /// Changes a container's limits, as the kubelet does when a pod is resized in place.
+    pub fn update(&self, container: &str, limits: LinuxContainerResources) -> Result<()> {
+        let request = UpdateContainerResourcesRequest {
+            container_id: container.to_owned(),
+            linux: Some(limits),
+            ..UpdateContainerResourcesRequest::default()
+        };
+        let mut client = self.client.clone();
+        self.call("update", CALL_BOUND, client.update_container_resources(request))
+            .map(drop)
+    }
+
+    /// Changes the limits of a sandbox, `linux.resources` of the OCI specification, past the CRI: no containerd that this is tried
+    /// with hands on to a sandbox what it is told of its limits.
+    pub fn update_sandbox(&self, sandbox: &str, limits: &serde_json::Value) -> Result<()> {
+        let mut request = tonic::Request::new(UpdateTaskRequest {
+            container_id: sandbox.to_owned(),
+            resources: Some(prost_types::Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned(),
+                value: limits.to_string().into_bytes(),
+            }),
+            ..UpdateTaskRequest::default()
+        });
+        let namespace = "k8s.io".parse().context("naming the namespace")?;
+        request.metadata_mut().insert("containerd-namespace", namespace);
+        let mut client = TasksClient::new(self.channel.clone());
+        self.call("task update", CALL_BOUND, client.update(request)).map(drop)
     }
 
     pub fn stop_pod(&self, sandbox: &str) -> Result<()> {

@@ -63,6 +63,12 @@ impl Pod {
         self
     }
 
+    /// What its containers may use together, as the kubelet tells it.
+    pub fn limits(mut self, limits: LinuxContainerResources) -> Self {
+        self.config.linux.get_or_insert_default().resources = Some(limits);
+        self
+    }
+
     /// A TCP port of the containers, also served by the node.
     pub fn host_port(mut self, container_port: u16, host_port: u16) -> Self {
         self.config.port_mappings.push(PortMapping {
@@ -169,9 +175,24 @@ impl Container {
         self
     }
 
+    pub fn limits(mut self, limits: LinuxContainerResources) -> Self {
+        self.config.linux.get_or_insert_default().resources = Some(limits);
+        self
+    }
+
     /// Where its log is.
     pub fn log(&self, pod: &Pod) -> PathBuf {
         pod.log_directory().join(&self.config.log_path)
+    }
+}
+
+/// Limits of thousandths of a processor and MiB of memory.
+pub fn limits(millicpus: i64, mib: i64) -> LinuxContainerResources {
+    LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: millicpus * 100,
+        memory_limit_in_bytes: mib << 20,
+        ..LinuxContainerResources::default()
     }
 }
 
