@@ -20,7 +20,7 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
 }
 
 /// What the guest's kernel keeps for itself, in MiB.
-const KERNEL: u64 = 128;
+const KERNEL: u64 = 64;
 
 /// Processors and MiB of memory of a machine as `coreos-kvm ps` tells them.
 fn told(lab: &Together<'_>, id: &str) -> Result<(u64, u64)> {

@@ -32,6 +32,10 @@ const TCG_TRANSLATION_OF_ONE_MIB: u32 = 2;
 /// then take them for new.
 const ALONE_WITH_PORTS: &str = "pcie_ports=compat";
 
+/// Kernel argument: no memory for devices that reach 4 GiB at most. Of a machine whose memory could grow beyond that it would be 64 MiB,
+/// and virtio's devices reach everything.
+const NO_BOUNCE_BUFFERS: &str = "swiotlb=noforce";
+
 /// How often a machine's memory can grow: virtiofsd and vhost-device-vsock take eight pieces of memory, and at the beginning there
 /// are up to two, below and above 4 GiB.
 pub const MEMORY_SLOTS: usize = 6;
@@ -187,13 +191,19 @@ fn processors(machine: &Machine) -> u32 {
     most.max(machine.vcpus)
 }
 
+/// Memory that the machine can have. Modules have the size of the guest's blocks of memory, or some of them.
+fn most_memory_mib(machine: &Machine) -> u64 {
+    let more = machine
+        .growth
+        .map_or(0, |growth| growth.memory_mib.saturating_sub(machine.memory_mib));
+    machine.memory_mib + more.next_multiple_of(block_mib(machine))
+}
+
 /// The guest's memory. Shared, for virtiofsd and vhost-device-vsock read and write it, unless it is a clone that has neither.
 fn memory(line: &mut Line, machine: &Machine, start: &Start) {
     let size = machine.memory_mib;
-    let most = machine.growth.map_or(size, |growth| growth.memory_mib);
+    let most = most_memory_mib(machine);
     let growth = if most > size {
-        // Modules have the size of the guest's blocks of memory, or some of them.
-        let most = size + (most - size).next_multiple_of(block_mib(machine));
         format!(",slots={MEMORY_SLOTS},maxmem={most}M")
     } else {
         String::new()
@@ -263,6 +273,9 @@ fn kernel_arguments(machine: &Machine, of_the_start: String) -> String {
     }
     if processors(machine) > machine.vcpus {
         ours.push(format!("maxcpus={}", machine.vcpus));
+    }
+    if most_memory_mib(machine) > machine.memory_mib {
+        ours.push(NO_BOUNCE_BUFFERS.to_owned());
     }
     let guest = machine.guest.kernel_args.iter().map(String::as_str);
     guest
@@ -465,7 +478,7 @@ mod tests {
         };
         let lines = lines(&machine, Acceleration::Tcg, &descriptors());
         assert!(lines.contains("-smp cpus=8\n"), "{lines}");
-        assert!(lines.contains(" maxcpus=1"), "{lines}");
+        assert!(lines.contains(" maxcpus=1 swiotlb=noforce"), "{lines}");
         assert!(lines.contains("tb-size=78\n"), "{lines}");
         assert!(lines.contains("-m size=512M,slots=6,maxmem=2048M"), "{lines}");
     }
