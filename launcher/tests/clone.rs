@@ -16,7 +16,7 @@ use std::{
 use common::{Place, run};
 use coreos_kvm_launcher::{
     config::{CloneModeChoice, Config, Templates},
-    machine::Machine,
+    machine::{Growth, Machine},
     state::{CloneMode, Origin},
     template::Store,
     vm::{self, Vm},
@@ -411,7 +411,11 @@ async fn a_template_whose_maker_is_killed_is_made_by_the_next() {
     command.arg("--config").arg(&config).args(["template", "build"]);
     let mut maker = command.stderr(Stdio::null()).spawn().unwrap();
 
-    let key = vm::template_key(&place.config, &place.machine("any")).await.unwrap();
+    let same = Machine {
+        growth: Some(Growth::within(1, place.config.max_vcpus, place.config.max_memory_mib)),
+        ..place.machine("any")
+    };
+    let key = vm::template_key(&place.config, &same).await.unwrap();
     let machine = place.config.state_dir.join(format!("template-{key}"));
     let deadline = Instant::now() + LATER;
     let qemu = loop {
