@@ -72,7 +72,7 @@ check_shell() {
 # ignition/oracle, the one place where Go is written.
 check_go() {
   local go unformatted
-  go=$(find_go)
+  go=$(find_go "$here/ignition/oracle/go.mod")
   if [ -z "$go" ]; then
     echo "no Go is new enough for ignition/oracle/go.mod; './devtool setup' unpacks one"
     return 1
@@ -90,16 +90,6 @@ check_go() {
 # Advisories need their database from outside, so they are not looked up here: the same commit passes or fails alike every day.
 check_dependencies() {
   "$cache/tools/bin/cargo-deny" --all-features check bans licenses sources
-}
-
-conformance() {
-  need_root conformance
-  local critest
-  critest=$(command -v critest) || give_up "critest is not on this machine." \
-    "Build it from the module sigs.k8s.io/cri-tools ('go test -c sigs.k8s.io/cri-tools/cmd/critest') and put it on the PATH."
-  setup_everything
-  build_everything
-  "$built/debug/kubeception-node" run -- "$critest" "$@"
 }
 
 clean() {

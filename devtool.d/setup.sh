@@ -8,8 +8,8 @@ readonly vhost_device_vsock_version=0.3.0
 # The containerds that the tests run against, each with the Debian suites that may carry it.
 readonly containerd_versions=(1.6.20 1.7.24 2.1.9)
 readonly debian_suites=(bookworm trixie forky sid)
-# Debian's Go for machines that have none; any release that has what ignition/oracle/go.mod asks for.
-readonly go_release=1.24
+# Debian's Go for machines that have none; any release that has what the go.mod of ignition/oracle and tests/critest ask for.
+readonly go_release=1.26
 readonly mirror_advice="If a mirror cannot be reached, name another one: KUBECEPTION_DEBIAN_MIRROR=URI ./devtool setup"
 
 # Packages by purpose; only those that are missing get installed.
@@ -160,13 +160,7 @@ setup_ignition() {
 # ignition/oracle, and the real programs of the same versions, into $cache/tools/go/bin.
 setup_oracles() {
   local go
-  go=$(find_go)
-  if [ -z "$go" ]; then
-    open_debian "$cache/apt"
-    unpack "$cache/apt" "golang-$go_release-go" '[0-9.]+' "$cache/golang"
-    unpack "$cache/apt" "golang-$go_release-src" '[0-9.]+' "$cache/golang"
-    go=$(find_go)
-  fi
+  go=$(find_or_unpack_go "$here/ignition/oracle/go.mod")
   go_environment
   cd "$here/ignition/oracle" || return
   local bin=$cache/tools/go/bin
@@ -183,10 +177,25 @@ go_environment() {
   export GOMODCACHE=$cache/go/modules GOCACHE=$cache/go/build
 }
 
-# Prints the first go that is new enough for the oracle, if any.
+# find_or_unpack_go GO.MOD: prints a go that is new enough for a module; Debian's, where the machine has none.
+find_or_unpack_go() {
+  local go
+  go=$(find_go "$1")
+  if [ -z "$go" ]; then
+    {
+      open_debian "$cache/apt"
+      unpack "$cache/apt" "golang-$go_release-go" '[0-9.]+' "$cache/golang"
+      unpack "$cache/apt" "golang-$go_release-src" '[0-9.]+' "$cache/golang"
+    } >&2
+    go=$(find_go "$1")
+  fi
+  echo "$go"
+}
+
+# find_go GO.MOD: prints the first go that is new enough for a module, if any.
 find_go() {
   local go wanted version
-  wanted=$(sed -n 's/^go //p' "$here/ignition/oracle/go.mod")
+  wanted=$(sed -n 's/^go //p' "$1")
   # sudo resets PATH: looks where Go's own archive is unpacked, too.
   for go in "$(command -v go || true)" /usr/local/go/bin/go "$cache/golang/usr/lib/go-$go_release/bin/go"; do
     [ -x "$go" ] || continue

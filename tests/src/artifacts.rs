@@ -72,6 +72,22 @@ pub fn go_program(name: &str) -> Result<PathBuf> {
     present(cache().join("tools/go/bin").join(name), "setup")
 }
 
+/// The conformance suite of the Container Runtime Interface.
+pub fn critest() -> Result<PathBuf> {
+    present(cache().join("tools/go/bin/critest"), "conformance")
+}
+
+/// Debian's registry of images.
+pub fn registry() -> Result<PathBuf> {
+    present(cache().join("registry/usr/bin/docker-registry"), "conformance")
+}
+
+/// What stands in for the programs of the suite's images.
+pub fn stand_in() -> Result<PathBuf> {
+    let program = std::env::current_exe()?.with_file_name("kubeception-stand-in");
+    present(program, "conformance")
+}
+
 /// The disk with the agent.
 pub fn agent_disk() -> Result<PathBuf> {
     present(release().join("agent.erofs"), "build")

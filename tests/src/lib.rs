@@ -3,7 +3,8 @@
 //!
 //! - [`artifacts`]: where the built and downloaded parts are
 //! - [`node`]: the node; [`node::init`] is the process that holds it together
-//! - [`image`]: images written as OCI layouts
+//! - [`image`]: the test images; [`layout`]: how images are made and written
+//! - [`registry`]: a registry inside a node, for what has to be pulled
 //! - [`cri`] and [`pod`]: the Container Runtime Interface, as a kubelet speaks it; [`stream`]: interactive execs
 //! - [`http`]: a request to a pod
 //! - [`events`]: what containerd publishes
@@ -16,7 +17,9 @@ pub mod cri;
 pub mod events;
 pub mod http;
 pub mod image;
+pub mod layout;
 pub mod leftovers;
 pub mod node;
 pub mod pod;
+pub mod registry;
 pub mod stream;

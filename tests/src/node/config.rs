@@ -158,6 +158,9 @@ state = "/run/containerd"
   bin_dir = {cni_plugins:?}
   conf_dir = {cni_config:?}
 
+[{cri}.registry]
+  config_path = {registries:?}
+
 [{cri}.containerd]
   snapshotter = "overlayfs"
   default_runtime_name = "runc"
@@ -172,6 +175,7 @@ state = "/run/containerd"
         pause = image::PAUSE,
         cni_plugins = artifacts::cni_plugins()?,
         cni_config = place.cni_config(),
+        registries = place.registries(),
         runc = artifacts::runc()?,
     );
     for handler in handlers {

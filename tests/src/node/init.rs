@@ -1,7 +1,7 @@
-//! The first process of a node: everything the node consists of lives in its PID, mount and network namespaces, so that the
+//! The first process of a node: everything the node consists of lives in its PID, mount, network and IPC namespaces, so that the
 //! end of this process is the end of all of it.
 //!
-//! It is started as `unshare --pid --mount --net --fork … EXE node-init NAME`, prepares the namespaces, answers one line on
+//! It is started as `unshare --pid --mount --net --ipc --fork … EXE node-init NAME`, prepares the namespaces, answers one line on
 //! stdout, and from then on reaps orphans until its stdin ends (whoever made the node has gone) or it gets SIGTERM. Then it
 //! kills every other process, unmounts, and removes the node's files and cgroups.
 

@@ -252,7 +252,7 @@ fn enter(place: &Place, init: Pid, program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("nsenter");
     command
         .arg(format!("--target={init}"))
-        .args(["--pid", "--mount", "--net", "--"])
+        .args(["--pid", "--mount", "--net", "--ipc", "--"])
         .arg(program)
         .env("PATH", path)
         .env("CONTAINERD_ADDRESS", "/run/containerd/containerd.sock")
@@ -268,7 +268,7 @@ fn start_init(place: &Place) -> Result<(Child, Pid)> {
     fs::create_dir_all(artifacts::logs()).context("making the folder of the logs")?;
     let stderr = File::create(&log).with_context(|| format!("making {}", log.display()))?;
     let mut unshare = Command::new("unshare")
-        .args(["--pid", "--mount", "--net", "--fork", "--kill-child", "--"])
+        .args(["--pid", "--mount", "--net", "--ipc", "--fork", "--kill-child", "--"])
         .arg(program)
         .args([init::ARGUMENT, place.name()])
         .stdin(Stdio::piped())

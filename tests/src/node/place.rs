@@ -81,6 +81,11 @@ impl Place {
         self.base.join("cni/data")
     }
 
+    /// Where containerd looks up which registry is asked for an image.
+    pub fn registries(&self) -> PathBuf {
+        self.base.join("certs.d")
+    }
+
     /// containerd's configuration.
     pub fn containerd_config(&self) -> PathBuf {
         self.base.join("containerd.toml")
