@@ -85,7 +85,7 @@ async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Se
 
 /// Uses the first `wanted` processors, and sets the others aside where the kernel does. Answers how many are in use.
 fn take_processors(folder: &Path, wanted: usize) -> io::Result<usize> {
-    let mut all = numbered(folder, "cpu")?;
+    let all = numbered(folder, "cpu")?;
     // The first one of most machines has no switch.
     let is_used = |folder: &Path| fs::read_to_string(folder.join("online")).map_or(true, |state| state.trim() != "0");
     let mut used = all.iter().filter(|(_, folder)| is_used(folder)).count();
@@ -96,10 +96,10 @@ fn take_processors(folder: &Path, wanted: usize) -> io::Result<usize> {
             used += 1;
         }
     }
-    all.reverse();
-    for (_, processor) in &all {
-        // One that somebody is bound to stays.
-        if used > wanted && is_used(processor) && fs::write(processor.join("online"), "0").is_ok() {
+    for (_, processor) in all.iter().rev() {
+        let switch = processor.join("online");
+        // One that the kernel cannot do without stays.
+        if used > wanted && is_used(processor) && switch.exists() && fs::write(switch, "0").is_ok() {
             used -= 1;
         }
     }
