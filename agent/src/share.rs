@@ -42,14 +42,31 @@ const PR_SET_IO_FLUSHER: libc::c_int = 57;
 /// How the directory comes to the machine: by virtiofs, unless something else is said.
 #[derive(Debug, Default)]
 pub(crate) struct Share {
-    mounted: Mutex<Option<Waiting>>,
+    mount: Mutex<Mount>,
     by_serial_port: AtomicBool,
 }
 
-/// A mount whose requests wait until it is known who serves them. Whoever would look into it would wait as well.
+/// What there is of a mount by FUSE.
+#[derive(Debug, Default)]
+enum Mount {
+    #[default]
+    None,
+    /// Its requests wait until it is known who serves them. Whoever would look into it would wait as well.
+    Ahead(Waiting),
+    Carried,
+}
+
+/// Threads that are to begin with a mount's requests and replies.
 #[derive(Debug)]
-struct Waiting {
-    begin: mpsc::Sender<()>,
+struct Waiting([mpsc::Sender<()>; 2]);
+
+impl Waiting {
+    fn begin(&self) {
+        for thread in &self.0 {
+            // They live as long as the machine.
+            let _ = thread.send(());
+        }
+    }
 }
 
 impl Share {
@@ -58,8 +75,7 @@ impl Share {
     /// # Errors
     /// When it cannot be mounted.
     pub(crate) fn mount_ahead(&self) -> io::Result<()> {
-        make_mount_point()?;
-        *self.mounted() = Some(mount_fuse()?);
+        *self.state() = Mount::Ahead(mount_fuse()?);
         Ok(())
     }
 
@@ -68,11 +84,11 @@ impl Share {
         self.by_serial_port.store(true, Ordering::Relaxed);
     }
 
-    fn mounted(&self) -> MutexGuard<'_, Option<Waiting>> {
-        self.mounted.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, Mount> {
+        self.mount.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes it visible; an empty tag shares nothing.
+    /// Makes it visible, if it is not; an empty tag shares nothing.
     ///
     /// # Errors
     /// When it cannot be mounted.
@@ -80,16 +96,28 @@ impl Share {
         if tag.is_empty() {
             return Ok(());
         }
-        let waiting = self.mounted().take();
-        let mounted = match (self.by_serial_port.load(Ordering::Relaxed), waiting) {
-            // The thread that waits for it lives as long as the machine.
-            (true, Some(waiting)) => waiting.begin.send(()).map_err(io::Error::other),
-            (true, None) => Err(io::Error::other("it is mounted already")),
-            (false, waiting) => mount_virtiofs(tag, waiting).await,
+        let mounted = if self.by_serial_port.load(Ordering::Relaxed) {
+            self.carry()
+        } else {
+            let ahead = std::mem::take(&mut *self.state());
+            mount_virtiofs(tag, ahead).await
         };
         mounted.map_err(AgentError::failed(format!(
             "mounting the shared directory {tag} failed"
         )))
+    }
+}
+
+impl Share {
+    fn carry(&self) -> io::Result<()> {
+        let mut state = self.state();
+        match &*state {
+            Mount::None => mount_fuse()?.begin(),
+            Mount::Ahead(waiting) => waiting.begin(),
+            Mount::Carried => {}
+        }
+        *state = Mount::Carried;
+        Ok(())
     }
 }
 
@@ -98,8 +126,8 @@ fn make_mount_point() -> io::Result<()> {
 }
 
 /// Mounts virtiofs, in place of what was mounted for those that have none.
-async fn mount_virtiofs(tag: &str, in_place_of: Option<Waiting>) -> io::Result<()> {
-    if in_place_of.is_some() {
+async fn mount_virtiofs(tag: &str, in_place_of: Mount) -> io::Result<()> {
+    if let Mount::Ahead(_) = in_place_of {
         umount2(SHARED_MOUNT, MntFlags::MNT_DETACH)?;
     }
     make_mount_point()?;
@@ -121,6 +149,7 @@ async fn mount_virtiofs(tag: &str, in_place_of: Option<Waiting>) -> io::Result<(
 
 /// Mounts with the options that virtiofs has: Documentation/filesystems/fuse.rst.
 fn mount_fuse() -> io::Result<Waiting> {
+    make_mount_point()?;
     let port = Arc::new(serial::open_port(SHARE_SERIAL_PORT)?);
     let fuse = Arc::new(File::options().read(true).write(true).open(FUSE)?);
     let options = format!(
@@ -135,11 +164,14 @@ fn mount_fuse() -> io::Result<Waiting> {
         Some(options.as_str()),
     )?;
     // Threads of their own, for any other of this process may be the one that waits for a file.
-    let (begin, begun) = mpsc::channel();
+    let [(begin_requests, begun), (begin_replies, replies_begun)] = [mpsc::channel(), mpsc::channel()];
     let (requested, carrier) = (fuse.clone(), port.clone());
     carry("share-requests", move || requests(&requested, &carrier, &begun))?;
-    carry("share-replies", move || replies(&fuse, &port))?;
-    Ok(Waiting { begin })
+    carry("share-replies", move || match replies_begun.recv() {
+        Ok(()) => replies(&fuse, &port),
+        Err(mpsc::RecvError) => Ok(()),
+    })?;
+    Ok(Waiting([begin_requests, begin_replies]))
 }
 
 fn carry(name: &str, work: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {

@@ -52,8 +52,10 @@ impl Template {
         let port = SerialPort::open(AGENT_SERIAL_PORT).context("opening the port on which clones are woken")?;
         quiet::boot_has_ended().await;
         quiet::halt_services().await?;
-        // When nobody looks around any more.
-        share.mount_ahead().context("mounting the shared directory ahead")?;
+        // A user's service that looks around would wait for it.
+        if kind == Kind::Plain {
+            share.mount_ahead().context("mounting the shared directory ahead")?;
+        }
         Ok(Self { kind, port })
     }
 

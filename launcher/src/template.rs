@@ -3,12 +3,14 @@
 //! - [`Key`]: everything that shapes a guest; what differs in anything is another template
 //! - [`Store`]: the folder of all templates, one folder each, in which only whole ones stand
 //! - [`memory`]: a guest's memory as it is kept, and how a clone gets its copy
+//! - [`mode`]: in which way a clone comes to its memory
 //! - [`resident`]: such a memory in this node's, for clones that share it
 //!
 //! A template holds what its guest had in memory, so that only root may read it.
 
 mod key;
 pub mod memory;
+pub mod mode;
 pub mod resident;
 mod store;
 mod uses;

@@ -5,11 +5,19 @@
 //! Ports are those of vsock. A connection begins with its port (u32, big endian); whoever takes it answers one byte, [`TAKEN`];
 //! whoever does not, closes it.
 
-use std::{collections::VecDeque, future::poll_fn, io, task::Poll, time::Duration};
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    sync::{mpsc, oneshot},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     time::timeout,
 };
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
@@ -23,9 +31,20 @@ const DIAL: Duration = Duration::from_secs(5);
 const ARRIVING_MAX: usize = 64;
 /// Requests for connections that wait for the task that makes them.
 const REQUESTS: usize = 64;
+/// Connections that either side takes for granted. One more would be the end of all, so that fewer are opened.
+const STREAMS_MAX: usize = 256;
+/// Connections that one side opens at the same time. What has been closed counts with the other side until it has answered.
+const DIALED_MAX: usize = 200;
+/// What the other side may have sent on one connection and nobody has read, in bytes: yamux's default, which does not grow here, for
+/// the other side could have it grow as it likes.
+const WINDOW: usize = 256 << 10;
 
 /// A connection, as good as one of vsock.
-pub type MuxStream = Compat<yamux::Stream>;
+#[derive(Debug)]
+pub struct MuxStream {
+    stream: Compat<yamux::Stream>,
+    _place: Option<OwnedSemaphorePermit>,
+}
 
 /// Which side of the stream this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +57,7 @@ pub enum Side {
 #[derive(Debug, Clone)]
 pub struct Mux {
     requests: mpsc::Sender<oneshot::Sender<yamux::Stream>>,
+    places: Arc<Semaphore>,
 }
 
 /// The connections that the other side opens.
@@ -62,22 +82,35 @@ impl Mux {
             Side::Host => Mode::Client,
             Side::Guest => Mode::Server,
         };
-        let connection = Connection::new(stream.compat(), Config::default(), mode);
+        let mut config = Config::default();
+        config.set_max_num_streams(STREAMS_MAX);
+        config.set_max_connection_receive_window(Some(STREAMS_MAX * WINDOW));
+        let connection = Connection::new(stream.compat(), config, mode);
         let (requests, asked) = mpsc::channel(REQUESTS);
         let (arrived, incoming) = mpsc::channel(ARRIVING_MAX);
-        (Self { requests }, Incoming(incoming), work(connection, asked, arrived))
+        let places = Arc::new(Semaphore::new(DIALED_MAX));
+        (
+            Self { requests, places },
+            Incoming(incoming),
+            work(connection, asked, arrived),
+        )
     }
 
     /// Connects to `port` of the other side.
     ///
     /// # Errors
-    /// `ConnectionRefused` when nobody takes the connection; when the stream has ended, or nobody answers within 5 s.
+    /// `ConnectionRefused` when nobody takes the connection; when the stream has ended, nobody answers within 5 s, or as long as 200
+    /// connections are open.
     pub async fn dial(&self, port: u32) -> io::Result<MuxStream> {
         let dial = async {
             let (reply, opened) = oneshot::channel();
             let gone = || io::Error::from(io::ErrorKind::NotConnected);
+            let place = self.places.clone().acquire_owned().await.map_err(|_| gone())?;
             self.requests.send(reply).await.map_err(|_| gone())?;
-            let mut stream = opened.await.map_err(|_| gone())?.compat();
+            let mut stream = MuxStream {
+                stream: opened.await.map_err(|_| gone())?.compat(),
+                _place: Some(place),
+            };
             stream.write_u32(port).await?;
             stream.flush().await?;
             match stream.read_u8().await {
@@ -138,7 +171,13 @@ async fn work<S: AsyncRead + AsyncWrite + Unpin>(
             connection.poll_next_inbound(cx)
         });
         match inbound.await {
-            Some(Ok(stream)) => drop(tokio::spawn(arrive(stream.compat(), arrived.clone()))),
+            Some(Ok(stream)) => {
+                let stream = MuxStream {
+                    stream: stream.compat(),
+                    _place: None,
+                };
+                tokio::spawn(arrive(stream, arrived.clone()));
+            }
             Some(Err(error)) => return Err(io::Error::other(error)),
             None => return Ok(()),
         }
@@ -152,6 +191,26 @@ async fn arrive(mut stream: MuxStream, arrived: mpsc::Sender<Arrival>) {
     };
     // Who does not come to take them has too many already.
     let _ = arrived.try_send(Arrival { port, stream });
+}
+
+impl AsyncRead for MuxStream {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for MuxStream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
 }
 
 #[cfg(test)]
@@ -211,6 +270,35 @@ mod tests {
         tokio::spawn(async move { while incoming.next().await.is_some() {} });
         let error = host.dial(9).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn too_many_connections_are_refused_and_the_others_go_on() {
+        let (host, _guest, mut incoming) = pair();
+        tokio::spawn(async move {
+            while let Some(arrival) = incoming.next().await {
+                let mut stream = arrival.take().await.unwrap();
+                tokio::spawn(async move {
+                    let mut byte = [0];
+                    while stream.read_exact(&mut byte).await.is_ok() {
+                        stream.write_all(&byte).await.unwrap();
+                        stream.flush().await.unwrap();
+                    }
+                });
+            }
+        });
+        let mut open = Vec::new();
+        for _ in 0..DIALED_MAX {
+            open.push(host.dial(8).await.unwrap());
+        }
+        assert_eq!(host.dial(8).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        open[0].write_all(b"x").await.unwrap();
+        open[0].flush().await.unwrap();
+        assert_eq!(open[0].read_u8().await.unwrap(), b'x');
+        for _ in 0..2 * STREAMS_MAX {
+            open.pop();
+            open.push(host.dial(8).await.unwrap());
+        }
     }
 
     #[tokio::test]

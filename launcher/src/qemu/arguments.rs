@@ -162,7 +162,7 @@ fn platform(line: &mut Line, machine: &Machine, acceleration: Acceleration) {
     // Devices of a PC that nothing in the guest needs are left out: finding them costs time at each boot.
     line.add(
         "machine",
-        "q35,memory-backend=memory,graphics=off,smm=off,vmport=off,hpet=off,i8042=off,sata=off,smbus=off,usb=off",
+        "q35,memory-backend=memory,mem-merge=off,graphics=off,smm=off,vmport=off,hpet=off,i8042=off,sata=off,smbus=off,usb=off",
     );
     // The agent looks for a clone's devices itself. The firmware's notice of them would have the kernel look as well, by a program
     // in byte code that takes longer than all else that a clone does to come up.

@@ -14,7 +14,7 @@ use std::{
 };
 
 use nix::{
-    fcntl::{FcntlArg, Flock, FlockArg, SealFlag, fcntl},
+    fcntl::{FallocateFlags, FcntlArg, Flock, FlockArg, SealFlag, fallocate, fcntl},
     sys::memfd::{MFdFlags, memfd_create},
 };
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -28,7 +28,11 @@ use crate::state::{ProcessId, make_state_dir, read_bounded};
 
 /// Whoever fills a memory has the register meanwhile: some tenths of a second for a memory of usual size.
 const REGISTER: Duration = Duration::from_secs(30);
+/// Whoever looks who is gone has it for a moment.
+const SWEEP: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(2);
+/// Launchers that are written down. More are of no use: one is asked.
+const HOLDERS_MAX: usize = 64;
 
 /// A launcher that holds the memory open.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,7 +68,7 @@ pub fn resident(state_dir: &Path, template: Template) -> Result<File, TemplateEr
     let path = register_of(state_dir, &template.manifest.key);
     let failed = |what: &'static str| TemplateError::io::<io::Error>(what, &path);
     make_state_dir(state_dir).map_err(|error| failed("making the folder of")(io::Error::other(error)))?;
-    let register = Register::lock(&path).map_err(failed("locking"))?;
+    let register = Register::lock(&path, REGISTER).map_err(failed("locking"))?;
     let making = making(&template.manifest);
     let size = template.manifest.memory_mib << 20;
     let mut holders = register.holders();
@@ -90,16 +94,20 @@ pub fn resident(state_dir: &Path, template: Template) -> Result<File, TemplateEr
     Ok(memory)
 }
 
-/// Strikes those from the register of the template `key` that do not hold its memory any more.
+/// Strikes those from the register of the template `key` that do not hold its memory any more, unless somebody has it who is filling a
+/// memory: the next one will.
 ///
 /// # Errors
-/// When somebody has the register for too long.
+/// Of the register's file.
 pub fn sweep(state_dir: &Path, key: &str) -> io::Result<()> {
     let path = register_of(state_dir, key);
     if !path.exists() {
         return Ok(());
     }
-    let register = Register::lock(&path)?;
+    let register = match Register::lock(&path, SWEEP) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+        register => register?,
+    };
     let holders = register.holders();
     let holders: Vec<_> = holders.into_iter().filter(|holder| holder.open().is_some()).collect();
     register.keep(&holders);
@@ -117,8 +125,8 @@ struct Register {
 }
 
 impl Register {
-    fn lock(path: &Path) -> io::Result<Self> {
-        let deadline = Instant::now() + REGISTER;
+    fn lock(path: &Path, at_most: Duration) -> io::Result<Self> {
+        let deadline = Instant::now() + at_most;
         loop {
             let file = File::options()
                 .create(true)
@@ -155,7 +163,7 @@ impl Register {
             if holders.is_empty() {
                 return std::fs::remove_file(&self.path);
             }
-            let text = serde_json::to_vec(holders)?;
+            let text = serde_json::to_vec(&holders[holders.len().saturating_sub(HOLDERS_MAX)..])?;
             self.file.set_len(0)?;
             self.file.write_all_at(&text, 0)
         };
@@ -188,7 +196,9 @@ fn fill(template: Template, size: u64) -> Result<File, TemplateError> {
             c"template",
             MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
         )?);
-        memory.set_len(size)?;
+        // All of it: what a clone writes to where nothing is would be kept here as well, on the account of whoever is the first there.
+        let length = i64::try_from(size).map_err(io::Error::other)?;
+        fallocate(&memory, FallocateFlags::empty(), 0, length)?;
         Filler::new(template.map, template.data, memory.try_clone()?, Vec::new()).fill()?;
         fcntl(&memory, FcntlArg::F_ADD_SEALS(seals()))?;
         Ok(memory)
@@ -370,7 +380,9 @@ mod tests {
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping, read below within its length.
         let mapped = unsafe { mmap(None, length, access, MapFlags::MAP_PRIVATE, &memory, 0) }.unwrap();
-        change(me, &memory, &[(8192, [5; ID])]).unwrap();
+        change(me, &memory, &[(8192, [5; ID]), (4096, [6; ID])]).unwrap();
+        let taken = memory.metadata().unwrap().blocks() * 512;
+        assert_eq!(taken, SIZE, "all of it is there before anybody writes");
         // SAFETY: the mapping is that long.
         let bytes = unsafe { std::slice::from_raw_parts(mapped.as_ptr().cast::<u8>().add(8192), ID + 1) };
         assert_eq!(bytes, [[5; ID].as_slice(), &[7]].concat());

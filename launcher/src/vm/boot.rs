@@ -22,6 +22,7 @@ use crate::{
     machine::Machine,
     sentence,
     state::{self, ProcessId, Record, StateDir},
+    template::mode,
 };
 
 /// Starts the machine in a task of its own: when the caller goes away, the task still undoes what it has made. When
@@ -166,7 +167,8 @@ async fn bring_up(
             (Origin::Boot, None)
         }
         Way::Clone(found) => {
-            let mode = clone::mode(config);
+            let (mode, why) = mode::choose(config, machine.memory_mib);
+            tracing::debug!(machine = %machine.id, %mode, why, "the machine is a clone");
             record.origin = Some(state::Origin::Clone {
                 template: found.key.to_string(),
                 mode,

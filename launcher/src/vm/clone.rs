@@ -6,7 +6,7 @@ use coreos_kvm_proto::{READY_PORT, SEED_LENGTH, agent::Awakening};
 use protobuf::Message;
 use tokio::{
     io::AsyncWriteExt,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
 use super::{
@@ -18,10 +18,10 @@ use super::{
 };
 use crate::{
     carriage::Carriage,
-    config::{CloneModeChoice, Config, Templates},
+    config::{Config, Templates},
     machine::{Machine, Network},
     process::Process,
-    sentence, share_server,
+    sentence,
     state::{CloneMode, StateDir},
     template::{
         Key, Store, Template, TemplateError,
@@ -145,10 +145,14 @@ fn forget_damaged(store: &Store, key: &Key, error: &TemplateError) {
 /// Notes that a clone did not come up.
 pub(super) fn give_up_on(store: &Store, key: &Key, error: &VmError, why: &str) {
     match error {
-        VmError::Template(error) => forget_damaged(store, key, error),
-        // Other machines can be clones of it.
-        VmError::NoTemplate(_) => return,
-        _ => {}
+        VmError::Template(error @ TemplateError::Damaged { .. }) => forget_damaged(store, key, error),
+        VmError::Qmp(_)
+        | VmError::Ended { .. }
+        | VmError::Timeout { .. }
+        | VmError::Greeting(_)
+        | VmError::Agent(_) => {}
+        // Not the template's fault: other machines can be clones of it.
+        _ => return,
     }
     store.note_use(key, Some(why.to_owned()));
 }
@@ -195,7 +199,9 @@ impl Found {
             CloneMode::CopyOnWrite => {
                 let state_dir = config.state_dir.clone();
                 let found = tokio::task::spawn_blocking(move || resident::resident(&state_dir, template));
-                Memory::Shared(found.await.map_err(VmError::task)??)
+                let found = timeout(machine.boot_timeout, found).await;
+                let late = |_| VmError::NoTemplate("its memory is not there in time".to_owned());
+                Memory::Shared(found.map_err(late)?.map_err(VmError::task)??)
             }
         };
         let restore = Restore {
@@ -204,18 +210,6 @@ impl Found {
             changes,
         };
         Ok((Origin::Clone { memory, state }, restore))
-    }
-}
-
-/// In which way the node's clones come to their memory.
-pub(super) fn mode(config: &Config) -> CloneMode {
-    match config.clone_mode {
-        CloneModeChoice::CopyOnWrite => CloneMode::CopyOnWrite,
-        CloneModeChoice::Copy => CloneMode::Copy,
-        CloneModeChoice::Auto => match share_server::find(&config.share_server) {
-            Ok(_) => CloneMode::CopyOnWrite,
-            Err(_) => CloneMode::Copy,
-        },
     }
 }
 

@@ -10,11 +10,11 @@ use std::{
 
 use coreos_kvm_launcher::{
     accel,
-    config::{self, CloneModeChoice, Config, Templates},
+    config::{self, Config, Templates},
     guest::Guest,
     program, qemu, sentence, share_server,
     state::{CloneMode, StateDir},
-    template::{Manifest, Store},
+    template::{Manifest, Store, mode},
 };
 
 use crate::template::mib;
@@ -164,16 +164,12 @@ fn clones(config: &Config) -> Result<String, String> {
         .filter_map(|entry| entry.manifest.as_ref().ok())
         .map(Manifest::bytes)
         .sum();
-    let mode = match (config.clone_mode, share_server::find(&config.share_server)) {
-        (CloneModeChoice::CopyOnWrite, Err(error)) => return Err(sentence(&error)),
-        (CloneModeChoice::Copy, _) => "copy, as the configuration says".to_owned(),
-        (CloneModeChoice::Auto, Err(error)) => format!("{}, for {}", CloneMode::Copy, sentence(&error)),
-        (CloneModeChoice::Auto | CloneModeChoice::CopyOnWrite, Ok(server)) => {
-            format!("{}, their files by {}", CloneMode::CopyOnWrite, server.display())
-        }
-    };
+    let (mode, why) = mode::choose(config, config.memory_mib);
+    if mode == CloneMode::CopyOnWrite {
+        share_server::find(&config.share_server).map_err(|error| sentence(&error))?;
+    }
     Ok(format!(
-        "by {mode}; {} templates in {}, {} of {}",
+        "by {mode}, {why}; {} templates in {}, {} of {}",
         entries.len(),
         config.template_dir.display(),
         mib(bytes),
