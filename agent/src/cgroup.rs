@@ -60,6 +60,11 @@ pub(crate) fn freeze(directory: &Path, frozen: bool) -> io::Result<()> {
     fs::write(directory.join("cgroup.freeze"), if frozen { "1" } else { "0" })
 }
 
+/// Kills all its processes, also those that are being made.
+pub(crate) fn kill(directory: &Path) -> io::Result<()> {
+    fs::write(directory.join("cgroup.kill"), "1")
+}
+
 /// All else that the guest runs, set aside: it has the processor only when the agent and its containers leave it alone.
 #[derive(Debug)]
 pub(crate) struct Others {

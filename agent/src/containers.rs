@@ -4,9 +4,12 @@ use std::{
     collections::HashMap,
     fs::{DirBuilder, OpenOptions},
     io::{self, Write},
-    os::unix::{
-        fs::{DirBuilderExt, OpenOptionsExt},
-        process::CommandExt,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{DirBuilderExt, OpenOptionsExt},
+            process::CommandExt,
+        },
     },
     path::{Path, PathBuf},
     process::Command,
@@ -28,7 +31,7 @@ use crate::{
     cgroup::{self, Others},
     error::AgentError,
     process::Process,
-    reaper::{Exit, Reaper},
+    reaper::{Exit, ExitWatch, Reaper},
     runtime::{self, ConsoleSocket, Order, Target, zygote::Zygote},
 };
 
@@ -43,6 +46,22 @@ pub(crate) struct Containers {
     processes: Mutex<HashMap<Key, Arc<Process>>>,
     /// How many terminals there have been.
     consoles: AtomicU64,
+    /// The process namespace that containers share, once there is one.
+    shared: tokio::sync::Mutex<Option<SharedProcesses>>,
+}
+
+/// A process namespace that lasts as long as its first process.
+struct SharedProcesses {
+    end: ExitWatch,
+    namespace: OwnedFd,
+}
+
+/// Whose process namespace a container is in.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Processes<'a> {
+    Own,
+    Pod,
+    Container(&'a str),
 }
 
 /// Processes that have not been started: what they are to run.
@@ -58,6 +77,7 @@ impl Containers {
             cgroup,
             processes: Mutex::default(),
             consoles: AtomicU64::default(),
+            shared: tokio::sync::Mutex::default(),
         }
     }
 
@@ -73,11 +93,17 @@ impl Containers {
     }
 
     /// Makes a container and its init, which then waits for [`Self::start`].
-    pub(crate) async fn create(&self, id: &str, spec: &[u8], streams: Streams) -> Result<u32, AgentError> {
+    pub(crate) async fn create(
+        &self,
+        id: &str,
+        spec: &[u8],
+        streams: Streams,
+        processes: Processes<'_>,
+    ) -> Result<u32, AgentError> {
         check_name(id)?;
         check_json("container", spec)?;
         let process = self.insert(id, "", streams)?;
-        let result = self.create_with(id, spec, &process).await;
+        let result = self.create_with(id, spec, &process, processes).await;
         if result.is_err() {
             self.remove(id, "");
             remove_files(id);
@@ -85,7 +111,18 @@ impl Containers {
         result
     }
 
-    async fn create_with(&self, id: &str, spec: &[u8], process: &Process) -> Result<u32, AgentError> {
+    async fn create_with(
+        &self,
+        id: &str,
+        spec: &[u8],
+        process: &Process,
+        processes: Processes<'_>,
+    ) -> Result<u32, AgentError> {
+        let target = match processes {
+            Processes::Own => None,
+            Processes::Pod => Some(self.shared_processes().await?),
+            Processes::Container(id) => Some(runtime::process_namespace(self.running(id)?)?),
+        };
         let bundle = folder(BUNDLES)?.join(id);
         DirBuilder::new()
             .mode(0o700)
@@ -100,9 +137,36 @@ impl Containers {
             cgroup: self.cgroup.join(id),
             console,
         };
-        let pid = self.run(order, process, None).await?;
+        let pid = self.run(order, process, target.map(Target::Processes)).await?;
         process.made(pid, &self.reaper, since, false);
         Ok(pid.as_raw().unsigned_abs())
+    }
+
+    /// The process namespace that containers share.
+    async fn shared_processes(&self) -> Result<OwnedFd, AgentError> {
+        let failed = AgentError::failed::<io::Error>("the pod's process namespace cannot be used");
+        let mut shared = self.shared.lock().await;
+        // One whose first process has been killed is of no more use.
+        if let Some(shared) = shared.as_ref().filter(|shared| shared.end.borrow().is_none()) {
+            return shared.namespace.try_clone().map_err(failed);
+        }
+        make_folder(Path::new(runtime::ROOT))?;
+        let since = Instant::now();
+        let pid = runtime::run(&self.zygote, &Order::Hold, None, None).await?;
+        let made = SharedProcesses {
+            end: self.reaper.watch(pid, since),
+            namespace: runtime::process_namespace(pid)?,
+        };
+        shared.insert(made).namespace.try_clone().map_err(failed)
+    }
+
+    /// The pid of a container's init.
+    fn running(&self, id: &str) -> Result<Pid, AgentError> {
+        let init = self.process(id, "")?;
+        match init.pid() {
+            Some(pid) if init.is_running() => Ok(pid),
+            _ => Err(AgentError::FailedPrecondition(format!("container {id} does not run"))),
+        }
     }
 
     /// Has `process` made by the runtime, and connects its streams.
@@ -188,11 +252,7 @@ impl Containers {
     }
 
     async fn join(&self, id: &str, spec: &Path, process: &Process) -> Result<Pid, AgentError> {
-        let init = self.process(id, "")?;
-        let (true, Some(pid)) = (init.is_running(), init.pid()) else {
-            return Err(AgentError::FailedPrecondition(format!("container {id} does not run")));
-        };
-        let target = runtime::target(pid, &self.cgroup_directory(id))?;
+        let target = runtime::target(self.running(id)?, &self.cgroup_directory(id))?;
         let bundle = folder(BUNDLES)?.join(id);
         let order = |console| Order::Join {
             bundle,
@@ -202,9 +262,16 @@ impl Containers {
         self.run(order, process, Some(target)).await
     }
 
-    /// How the process ended, and whether its container has seen an OOM kill.
+    /// How the process ended, and whether its container has seen an OOM kill. With an init end all processes of its container, be
+    /// it in a process namespace of its own or not.
     pub(crate) async fn wait(&self, container_id: &str, exec_id: &str) -> Result<(Exit, bool), AgentError> {
         let exit = self.process(container_id, exec_id)?.wait().await?;
+        if exec_id.is_empty()
+            && let Err(error) = cgroup::kill(&self.cgroup_directory(container_id))
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(container_id, %error, "processes of a container outlive its init");
+        }
         Ok((exit, cgroup::oom_killed(&self.cgroup_directory(container_id))))
     }
 

@@ -11,7 +11,10 @@ use anyhow::{Context as _, Result, ensure};
 use coreos_kvm_proto::agent::{ConfigureNetworkRequest, Streams};
 use serde_json::json;
 
-use crate::{containers::Containers, identity, network};
+use crate::{
+    containers::{Containers, Processes},
+    identity, network,
+};
 
 /// The container's name, which no pod's container has.
 const NAME: &str = "rehearsal";
@@ -54,7 +57,7 @@ async fn run(containers: &Containers, root: &Path) -> Result<()> {
         stdout: true,
         ..Default::default()
     };
-    containers.create(NAME, &spec, streams).await?;
+    containers.create(NAME, &spec, streams, Processes::Own).await?;
     let exit = async {
         containers.start(NAME, "").await?;
         containers.wait(NAME, "").await

@@ -8,6 +8,7 @@
 
 mod adapt;
 mod create;
+mod hold;
 mod join;
 mod seccomp;
 pub(crate) mod zygote;
@@ -39,7 +40,9 @@ const BOUND: Duration = Duration::from_secs(50);
 /// What the zygote is to make.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Order {
-    /// The container whose bundle is at `bundle`.
+    /// The first process of a process namespace that containers share.
+    Hold,
+    /// The container whose bundle is at `bundle`; in the process namespace that is a fourth descriptor, if there is one.
     Create {
         id: String,
         bundle: PathBuf,
@@ -59,13 +62,18 @@ pub(crate) enum Order {
     },
 }
 
-/// What a [`Order::Join`] joins: held open, so that it is the same thing whatever happens meanwhile.
+/// What a process joins: held open, so that it is the same thing whatever happens meanwhile.
 #[derive(Debug)]
-pub(crate) struct Target {
-    /// The container's init (pidfd_open(2)).
-    pub init: OwnedFd,
-    /// The directory of its cgroup.
-    pub cgroup: OwnedFd,
+pub(crate) enum Target {
+    /// Of an [`Order::Join`].
+    Container {
+        /// The container's init (pidfd_open(2)).
+        init: OwnedFd,
+        /// The directory of its cgroup.
+        cgroup: OwnedFd,
+    },
+    /// Of an [`Order::Create`]: a process namespace.
+    Processes(OwnedFd),
 }
 
 /// The streams of the process that is made.
@@ -97,14 +105,18 @@ pub(crate) async fn run(
 ) -> Result<Pid, AgentError> {
     let (report, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
         .map_err(AgentError::failed("making a pipe for the runtime failed"))?;
-    let joins = target.is_some();
+    let joins = matches!(target, Some(Target::Container { .. }));
     let mut descriptors = vec![theirs];
     descriptors.extend(
         stdio
             .into_iter()
             .flat_map(|stdio| [stdio.stdin, stdio.stdout, stdio.stderr]),
     );
-    descriptors.extend(target.into_iter().flat_map(|target| [target.init, target.cgroup]));
+    match target {
+        Some(Target::Container { init, cgroup }) => descriptors.extend([init, cgroup]),
+        Some(Target::Processes(namespace)) => descriptors.push(namespace),
+        None => {}
+    }
     zygote
         .send(order, &descriptors)
         .map_err(AgentError::failed("the zygote takes no order"))?;
@@ -237,12 +249,19 @@ pub(crate) fn target(init: Pid, cgroup: &Path) -> Result<Target, AgentError> {
     let gone = AgentError::failed::<io::Error>("the container is gone");
     let open = || {
         let init = rustix::process::Pid::from_raw(init.as_raw()).ok_or(io::ErrorKind::NotFound)?;
-        Ok(Target {
+        Ok(Target::Container {
             init: rustix::process::pidfd_open(init, rustix::process::PidfdFlags::empty())?,
             cgroup: std::fs::File::open(cgroup)?.into(),
         })
     };
     open().map_err(gone)
+}
+
+/// Opens the process namespace of a child of the agent.
+pub(crate) fn process_namespace(pid: Pid) -> Result<OwnedFd, AgentError> {
+    std::fs::File::open(format!("/proc/{pid}/ns/pid"))
+        .map(OwnedFd::from)
+        .map_err(AgentError::failed("the process namespace is gone"))
 }
 
 #[cfg(test)]

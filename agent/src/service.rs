@@ -3,11 +3,20 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use coreos_kvm_proto::{PROTOCOL, agent as proto, agent_ttrpc::Agent};
+use coreos_kvm_proto::{
+    PROTOCOL,
+    agent::{self as proto, create_container_request},
+    agent_ttrpc::Agent,
+};
 use ttrpc::r#async::TtrpcContext;
 
 use crate::{
-    containers::Containers, error::AgentError, identity, mounts, network, reaper::Exit, share::Share, size, stats,
+    containers::{Containers, Processes},
+    error::AgentError,
+    identity, mounts, network,
+    reaper::Exit,
+    share::Share,
+    size, stats,
 };
 
 pub(crate) struct Service {
@@ -99,9 +108,14 @@ impl Agent for Service {
         request: proto::CreateContainerRequest,
     ) -> Answer<proto::CreateProcessResponse> {
         let streams = request.streams.unwrap_or_default();
+        let processes = match &request.processes {
+            Some(create_container_request::Processes::OfContainer(id)) => Processes::Container(id),
+            Some(create_container_request::Processes::OfPod(true)) => Processes::Pod,
+            _ => Processes::Own,
+        };
         Ok(made(
             self.containers
-                .create(&request.container_id, &request.spec, streams)
+                .create(&request.container_id, &request.spec, streams, processes)
                 .await?,
         ))
     }

@@ -5,7 +5,7 @@ use std::{future::Future, io, time::Duration};
 
 use coreos_kvm_proto::{
     AGENT_PORT,
-    agent::{self as proto, StatsResponse, Streams},
+    agent::{self as proto, StatsResponse, Streams, create_container_request},
     agent_ttrpc::AgentClient as Rpc,
 };
 use tokio::{sync::Mutex, time::Instant};
@@ -52,6 +52,17 @@ pub enum AgentError {
     },
     #[error("the connection to the agent in the guest was lost when it was to {what}")]
     Lost { what: &'static str },
+}
+
+/// Whose process namespace a container is in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Processes {
+    /// As its specification says: one of its own, or the guest's.
+    Own,
+    /// One that containers of the pod share.
+    Pod,
+    /// That of the container of this id.
+    Container(String),
 }
 
 /// A process in the guest: an init of a container, or an exec in it.
@@ -160,11 +171,22 @@ impl AgentClient {
     }
 
     /// Creates a container from its OCI specification (JSON, with the guest's paths). Answers the init's pid in the guest.
-    pub async fn create_container(&self, id: &str, spec: Vec<u8>, streams: Streams) -> Result<u32, AgentError> {
+    pub async fn create_container(
+        &self,
+        id: &str,
+        spec: Vec<u8>,
+        streams: Streams,
+        processes: Processes,
+    ) -> Result<u32, AgentError> {
         let request = proto::CreateContainerRequest {
             container_id: id.to_owned(),
             spec,
             streams: Some(streams).into(),
+            processes: match processes {
+                Processes::Own => None,
+                Processes::Pod => Some(create_container_request::Processes::OfPod(true)),
+                Processes::Container(id) => Some(create_container_request::Processes::OfContainer(id)),
+            },
             ..Default::default()
         };
         let answer = self.call("create the container", LONG, async |rpc, context| {

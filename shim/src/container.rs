@@ -14,7 +14,7 @@ use containerd_shim_protos::{
     api::Mount,
     events::task::{TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart},
 };
-use coreos_kvm_launcher::agent::AgentError;
+use coreos_kvm_launcher::agent::{AgentError, Processes};
 use oci_spec::runtime::{LinuxResources, Spec};
 use protobuf::MessageField;
 use tokio::time::{Instant, timeout};
@@ -66,6 +66,8 @@ pub(crate) struct Wanted<'a> {
     pub(crate) spec: Spec,
     pub(crate) rootfs: &'a [Mount],
     pub(crate) stdio: Stdio,
+    /// Whose process namespace it is in.
+    pub(crate) processes: Processes,
 }
 
 impl Container {
@@ -97,7 +99,7 @@ impl Container {
             let json = serde_json::to_vec(&guest.spec).map_err(ShimError::while_doing("writing the specification"))?;
             machine
                 .agent()
-                .create_container(wanted.id, json, init.stdio.wanted())
+                .create_container(wanted.id, json, init.stdio.wanted(), wanted.processes)
                 .await?;
             if let Err(error) = init.copies.start(machine.agent(), init.name(), stdio).await {
                 if let Err(problem) = machine.agent().delete_process(init.name()).await {
@@ -335,7 +337,7 @@ impl Container {
                 exec.stopped().await;
             }
         });
-        // Those of a container without a process namespace of its own may live on.
+        // Those of a container that is in the process namespace of others are ended by the agent.
         let _ = timeout(EXECS, futures::future::join_all(stopped)).await;
     }
 

@@ -1,7 +1,7 @@
-//! What the shim asks containerd for: the ports of the pod, which stand in no annotation.
+//! What the shim asks containerd for: what stands in no annotation, and in no specification.
 //!
-//! The CRI plugin keeps the pod's configuration as an extension of the sandbox's container, JSON, since before the sandbox's
-//! task is created (`internal/cri/store/sandbox/metadata.go` in containerd's tree).
+//! The CRI plugin keeps the configurations of pods and containers as extensions of containerd's containers, JSON, since before their
+//! tasks are created (`metadata.go` in `internal/cri/store/sandbox` and `internal/cri/store/container` of containerd's tree).
 
 use std::{fmt, net::IpAddr, time::Duration};
 
@@ -11,9 +11,10 @@ use tokio::time::timeout;
 
 use crate::error::ShimError;
 
-/// Key of the extension.
-const METADATA: &str = "io.cri-containerd.sandbox.metadata";
-/// Longest time for the answer: the pod does not depend on it.
+/// Keys of the extensions.
+const SANDBOX_METADATA: &str = "io.cri-containerd.sandbox.metadata";
+const CONTAINER_METADATA: &str = "io.cri-containerd.container.metadata";
+/// Longest time for an answer.
 const BOUND: Duration = Duration::from_secs(5);
 
 /// containerd's gRPC socket, and the namespace in it.
@@ -70,49 +71,92 @@ impl Containerd {
     /// # Errors
     /// When containerd does not answer within 5 s, or what it says cannot be read.
     pub(crate) async fn ports(&self, id: &str) -> Result<Vec<Port>, ShimError> {
+        const ASKING: &str = "asking containerd for the pod's ports";
+        let metadata = self.extension(id, SANDBOX_METADATA, ASKING).await?;
+        metadata.map_or_else(|| Ok(Vec::new()), |metadata| ports_of(&metadata))
+    }
+
+    /// The container whose process namespace the container `id` is to be in; None where it is that of the pod.
+    ///
+    /// # Errors
+    /// When containerd does not answer within 5 s, or what it says cannot be read.
+    pub(crate) async fn target(&self, id: &str) -> Result<Option<String>, ShimError> {
+        const ASKING: &str = "asking containerd whose processes the container is to see";
+        let metadata = self.extension(id, CONTAINER_METADATA, ASKING).await?;
+        metadata.map_or(Ok(None), |metadata| target_of(&metadata))
+    }
+
+    /// What the CRI plugin has written down with a container.
+    async fn extension(&self, id: &str, key: &str, asking: &'static str) -> Result<Option<Vec<u8>>, ShimError> {
         let asked = async {
-            let asking = || "asking containerd for the pod's ports";
             let path = self.address.strip_prefix("unix://").unwrap_or(&self.address);
-            let client = Client::from_path(path)
-                .await
-                .map_err(ShimError::while_doing(asking()))?;
+            let client = Client::from_path(path).await.map_err(ShimError::while_doing(asking))?;
             let mut request = Request::new(GetContainerRequest { id: id.to_owned() });
-            let namespace = self.namespace.parse().map_err(ShimError::while_doing(asking()))?;
+            let namespace = self.namespace.parse().map_err(ShimError::while_doing(asking))?;
             request.metadata_mut().insert("containerd-namespace", namespace);
             let answer = client.containers().get(request).await;
-            let container = answer.map_err(ShimError::while_doing(asking()))?.into_inner().container;
-            match container.and_then(|mut container| container.extensions.remove(METADATA)) {
-                Some(extension) => ports_of(&extension.value),
-                None => Ok(Vec::new()),
-            }
+            let container = answer.map_err(ShimError::while_doing(asking))?.into_inner().container;
+            let extension = container.and_then(|mut container| container.extensions.remove(key));
+            Ok(extension.map(|extension| extension.value))
         };
-        timeout(BOUND, asked).await.unwrap_or_else(|_| {
-            Err(ShimError::Internal(
-                "containerd does not tell the pod's ports in time".to_owned(),
-            ))
-        })
+        timeout(BOUND, asked)
+            .await
+            .unwrap_or_else(|_| Err(ShimError::Internal(format!("{asking} takes too long"))))
     }
 }
 
+/// An extension: the plugin's metadata of a sandbox or a container with the configuration that it was made by.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Extension<C> {
+    metadata: Metadata<C>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Metadata<C> {
+    config: C,
+}
+
 fn ports_of(metadata: &[u8]) -> Result<Vec<Port>, ShimError> {
-    #[derive(Deserialize)]
-    #[serde(rename_all = "PascalCase")]
-    struct Extension {
-        metadata: Metadata,
-    }
-    #[derive(Deserialize)]
-    #[serde(rename_all = "PascalCase")]
-    struct Metadata {
-        config: PodSandboxConfig,
-    }
     #[derive(Deserialize)]
     struct PodSandboxConfig {
         #[serde(default)]
         port_mappings: Vec<Port>,
     }
-    let extension: Extension =
+    let extension: Extension<PodSandboxConfig> =
         serde_json::from_slice(metadata).map_err(ShimError::while_doing("reading the pod's ports"))?;
     Ok(extension.metadata.config.port_mappings)
+}
+
+fn target_of(metadata: &[u8]) -> Result<Option<String>, ShimError> {
+    /// `NamespaceMode` of the CRI.
+    const TARGET: u32 = 3;
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct ContainerConfig {
+        linux: Linux,
+    }
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct Linux {
+        security_context: SecurityContext,
+    }
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct SecurityContext {
+        namespace_options: NamespaceOption,
+    }
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct NamespaceOption {
+        pid: u32,
+        target_id: String,
+    }
+    let extension: Extension<ContainerConfig> =
+        serde_json::from_slice(metadata).map_err(ShimError::while_doing("reading the container's configuration"))?;
+    let options = extension.metadata.config.linux.security_context.namespace_options;
+    Ok((options.pid == TARGET).then_some(options.target_id))
 }
 
 #[cfg(test)]
@@ -137,5 +181,22 @@ mod tests {
     fn a_pod_may_have_none() {
         assert_eq!(ports_of(br#"{"Metadata": {"Config": {}}}"#).unwrap(), []);
         assert!(ports_of(b"{}").is_err());
+    }
+
+    #[test]
+    fn the_container_to_debug_is_read_from_the_containers_metadata() {
+        let metadata = |options: &str| {
+            let text = format!(
+                r#"{{"Version": "v1", "Metadata": {{"ID": "abc", "Config": {{
+                    "metadata": {{"name": "debugger"}}, "linux": {{"security_context": {{{options}}}}}
+                }}}}}}"#
+            );
+            target_of(text.as_bytes()).unwrap()
+        };
+        let target = metadata(r#""namespace_options": {"pid": 3, "target_id": "def"}"#);
+        assert_eq!(target.as_deref(), Some("def"));
+        assert_eq!(metadata(r#""namespace_options": {"network": 2}"#), None);
+        assert_eq!(metadata(""), None);
+        assert_eq!(target_of(br#"{"Metadata": {"Config": {}}}"#).unwrap(), None);
     }
 }

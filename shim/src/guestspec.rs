@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use coreos_kvm_proto::SHARED_MOUNT;
-use oci_spec::runtime::{LinuxCpu, LinuxNamespaceType, LinuxResources, Mount, Spec};
+use oci_spec::runtime::{LinuxCpu, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Spec};
 
 use crate::error::ShimError;
 
@@ -69,12 +69,8 @@ pub(crate) fn of(id: &str, mut spec: Spec) -> Result<GuestSpec, ShimError> {
                         "user namespaces of the host mean nothing in a machine: remove `hostUsers: false`".to_owned(),
                     ));
                 }
-                (LinuxNamespaceType::Pid, Some(_)) => {
-                    return Err(ShimError::Unimplemented(
-                        "containers of one machine do not share a process namespace yet: remove shareProcessNamespace"
-                            .to_owned(),
-                    ));
-                }
+                // The guest has others, see `shares_processes`.
+                (LinuxNamespaceType::Pid, _) => kept.push(namespace_of_its_own(&namespace)),
                 (_, Some(path)) => {
                     return Err(ShimError::InvalidArgument(format!(
                         "the namespace {} is the host's and cannot be entered from a machine",
@@ -100,6 +96,20 @@ pub(crate) fn of(id: &str, mut spec: Spec) -> Result<GuestSpec, ShimError> {
     // The guest has it already, and it is the pod's to set.
     spec.set_hostname(None).set_domainname(None);
     Ok(GuestSpec { spec, volumes })
+}
+
+/// Whether the container is to be in the process namespace of others. The path is no help in finding out whose: to the host all
+/// processes of the pod are QEMU.
+pub(crate) fn shares_processes(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let mut namespaces = namespaces.into_iter().flatten();
+    namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_some())
+}
+
+fn namespace_of_its_own(namespace: &LinuxNamespace) -> LinuxNamespace {
+    let mut own = namespace.clone();
+    own.set_path(None);
+    own
 }
 
 fn adapt_mount(mut mount: Mount, there: &Path, volumes: &mut Vec<Volume>) -> Mount {
@@ -267,12 +277,17 @@ mod tests {
     }
 
     #[test]
+    fn a_process_namespace_that_is_shared_on_the_host_is_not_named_inside() {
+        let mut host = host();
+        assert!(!shares_processes(&serde_json::from_value(host.clone()).unwrap()));
+        host["linux"]["namespaces"] = json!([{"type": "pid", "path": "/proc/4321/ns/pid"}]);
+        assert!(shares_processes(&serde_json::from_value(host.clone()).unwrap()));
+        assert_eq!(inside(host).unwrap().0["linux"]["namespaces"], json!([{"type": "pid"}]));
+    }
+
+    #[test]
     fn namespaces_of_the_host_are_refused() {
         for (namespace, word) in [
-            (
-                json!({"type": "pid", "path": "/proc/1/ns/pid"}),
-                "shareProcessNamespace",
-            ),
             (json!({"type": "user"}), "hostUsers"),
             (json!({"type": "mount", "path": "/proc/1/ns/mnt"}), "/proc/1/ns/mnt"),
         ] {

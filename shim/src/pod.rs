@@ -11,7 +11,7 @@ use containerd_shim_protos::{
     api::CreateTaskRequest,
     events::task::{TaskCreate, TaskIO},
 };
-use coreos_kvm_launcher::{config::Config, state::ProcessId, vm::MachineSize};
+use coreos_kvm_launcher::{agent::Processes, config::Config, state::ProcessId, vm::MachineSize};
 use oci_spec::runtime::{LinuxResources, Spec};
 use protobuf::MessageField;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +22,7 @@ use crate::{
     containerd::{self, Containerd},
     error::ShimError,
     events::Events,
+    guestspec,
     hypervisor::{Hypervisor, RunningMachine},
     limits::Limits,
     logging, options,
@@ -162,6 +163,10 @@ impl Pod {
                 machine = self.boot(request, &spec) => machine?,
             },
         };
+        let processes = match guestspec::shares_processes(&spec) {
+            true => self.processes(&request.id).await?,
+            false => Processes::Own,
+        };
         let wanted = Wanted {
             id: &request.id,
             bundle: &request.bundle,
@@ -174,6 +179,7 @@ impl Pod {
                 stderr: request.stderr.clone(),
                 terminal: request.terminal,
             },
+            processes,
         };
         let created = Container::create(machine.clone(), self.events.clone(), wanted).await;
         if created.is_err() && role != Role::Member {
@@ -237,6 +243,17 @@ impl Pod {
                 String::new()
             }
         }
+    }
+
+    /// Whose process namespace a container is in that has none of its own: the pod's, or that of the container it is to debug.
+    async fn processes(&self, id: &str) -> Result<Processes, ShimError> {
+        let Some(containerd) = &self.containerd else {
+            return Ok(Processes::Pod);
+        };
+        Ok(match containerd.target(id).await? {
+            Some(target) => Processes::Container(target),
+            None => Processes::Pod,
+        })
     }
 
     async fn give_up(&self, machine: &Arc<dyn RunningMachine>) {

@@ -23,6 +23,7 @@ mod lab;
 mod machine;
 mod many;
 mod network;
+mod processes;
 mod size;
 mod testbed;
 
@@ -78,6 +79,7 @@ fn on_each(lab: &Arc<Lab>) -> Vec<Trial> {
         container::trials,
         exec::trials,
         network::trials,
+        processes::trials,
         events::trials,
         death::trials,
         alone::trials,

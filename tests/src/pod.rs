@@ -163,6 +163,26 @@ impl Container {
         self
     }
 
+    /// In the process namespace that the pod's containers share.
+    pub fn shared_processes(mut self) -> Self {
+        self.namespace_options().pid = NamespaceMode::Pod.into();
+        self
+    }
+
+    /// In the process namespace of another container.
+    pub fn processes_of(mut self, container: &str) -> Self {
+        let options = self.namespace_options();
+        options.pid = NamespaceMode::Target.into();
+        container.clone_into(&mut options.target_id);
+        self
+    }
+
+    fn namespace_options(&mut self) -> &mut NamespaceOption {
+        let linux = self.config.linux.get_or_insert_default();
+        let context = linux.security_context.get_or_insert_default();
+        context.namespace_options.get_or_insert_default()
+    }
+
     /// In bytes.
     pub fn memory_limit(mut self, bytes: i64) -> Self {
         let resources = self

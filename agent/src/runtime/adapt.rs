@@ -1,6 +1,9 @@
 //! What the host's specifications become in this guest.
 
-use std::path::Path;
+use std::{
+    os::fd::{AsRawFd as _, BorrowedFd},
+    path::Path,
+};
 
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
@@ -35,6 +38,19 @@ pub(super) fn adapt(spec: &mut Spec, cgroup: &Path, terminal: bool) -> Result<()
         spec.set_process(Some(process));
     }
     Ok(())
+}
+
+/// Has the container enter a process namespace instead of making one. The descriptor has to stay open until it has.
+pub(super) fn enter_processes(spec: &mut Spec, namespace: BorrowedFd<'_>) {
+    let Some(mut linux) = spec.linux().clone() else { return };
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    for own in &mut namespaces {
+        if own.typ() == LinuxNamespaceType::Pid {
+            own.set_path(Some(format!("/proc/self/fd/{}", namespace.as_raw_fd()).into()));
+        }
+    }
+    linux.set_namespaces(Some(namespaces));
+    spec.set_linux(Some(linux));
 }
 
 pub(super) fn adapt_process(process: &mut Process, terminal: bool) {

@@ -1,6 +1,6 @@
 //! A container from its beginning to its end, by libcontainer.
 
-use std::{fmt::Write as _, fs::File, io::Write as _, path::Path};
+use std::{fmt::Write as _, fs::File, io::Write as _, os::fd::BorrowedFd, path::Path};
 
 use libcontainer::{
     container::{Container, builder::ContainerBuilder},
@@ -13,7 +13,11 @@ use tracing::{
     span,
 };
 
-use super::{REPORT_MAX, SPEC, adapt::adapt, chain, records};
+use super::{
+    REPORT_MAX, SPEC,
+    adapt::{adapt, enter_processes},
+    chain, records,
+};
 use crate::workdir;
 
 /// Makes the container with its init, which then waits; answers the init's pid. What libcontainer has to say about errors goes
@@ -24,6 +28,7 @@ pub(super) fn create(
     bundle: &Path,
     cgroup: &Path,
     console: Option<&Path>,
+    processes: Option<BorrowedFd<'_>>,
 ) -> Result<i32, String> {
     if let Ok(report) = report.try_clone() {
         // The only one: this process has just come into being.
@@ -47,6 +52,9 @@ pub(super) fn create(
         tracing::error!("the working directory {} cannot be made: {error}", folder.display());
     }
     adapt(&mut spec, cgroup, console.is_some())?;
+    if let Some(namespace) = processes {
+        enter_processes(&mut spec, namespace);
+    }
     spec.save(bundle.join("config.json")).map_err(|error| chain(&error))?;
     let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_root_path(records())

@@ -7,7 +7,7 @@ use std::{
 };
 
 use nix::{
-    sched::{CloneFlags, setns},
+    sched::{CloneFlags, setns, unshare},
     sys::{
         prctl,
         signal::{SigHandler, Signal, signal},
@@ -19,7 +19,7 @@ use nix::{
     unistd::{ForkResult, Pid, fork},
 };
 
-use super::{Order, REPORT_MAX, create, error_line, join};
+use super::{Order, REPORT_MAX, create, error_line, hold, join};
 
 /// Longest order, in bytes: names and a few paths.
 const ORDER_MAX: usize = 4096;
@@ -116,11 +116,29 @@ fn serve(socket: OwnedFd) -> io::Result<()> {
                     cgroup,
                     console,
                 },
-                [stdin, stdout, stderr],
+                [stdin, stdout, stderr, processes @ ..],
             ) => {
-                let make = || line(create::create(&report, id, bundle, cgroup, console.as_deref()));
+                let processes = processes.first().map(AsFd::as_fd);
+                let make = || {
+                    line(create::create(
+                        &report,
+                        id,
+                        bundle,
+                        cgroup,
+                        console.as_deref(),
+                        processes,
+                    ))
+                };
                 branch(None, &report, &[stdin, stdout, stderr], make).map(drop)
             }
+            (Order::Hold, []) => unshare(CloneFlags::CLONE_NEWPID)
+                .map_err(io::Error::from)
+                .and_then(|()| {
+                    let made = branch(None, &report, &[], || error_line(&hold::hold()));
+                    setns(&own, CloneFlags::CLONE_NEWPID)?;
+                    made
+                })
+                .and_then(|pid| (&report).write_all(format!("pid {pid}\n").as_bytes())),
             (Order::Start { id }, []) => branch(None, &report, &[], || line(create::start(id))).map(drop),
             (Order::Delete { id }, []) => branch(None, &report, &[], || line(create::delete(id))).map(drop),
             _ => return Err(io::ErrorKind::InvalidData.into()),

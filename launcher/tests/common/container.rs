@@ -7,7 +7,7 @@ use std::{
 };
 
 use coreos_kvm_launcher::{
-    agent::{AgentClient, AgentError, ProcessExit, ProcessName, StreamReader},
+    agent::{AgentClient, AgentError, ProcessExit, ProcessName, Processes, StreamReader},
     vm::Vm,
 };
 use coreos_kvm_proto::{SHARED_MOUNT, agent::Streams};
@@ -121,7 +121,7 @@ impl<'a> Bed<'a> {
         let mut spec = spec::container(&self.root(id), args);
         change(&mut spec);
         self.agent()
-            .create_container(id, spec.to_string().into_bytes(), streams)
+            .create_container(id, spec.to_string().into_bytes(), streams, Processes::Own)
             .await
     }
 

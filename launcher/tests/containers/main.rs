@@ -23,7 +23,7 @@ use common::{
     run, spec,
 };
 use coreos_kvm_launcher::{
-    agent::{AgentError, ProcessName},
+    agent::{AgentError, ProcessName, Processes},
     machine::Machine,
     state::Origin,
     vm::Vm,
@@ -294,7 +294,7 @@ async fn names_and_states_are_checked(bed: Bed<'_>) {
     assert!(matches!(unknown, AgentError::NotFound(_)), "{unknown}");
     let garbled = bed
         .agent()
-        .create_container("garbled", b"{".to_vec(), OUTPUT)
+        .create_container("garbled", b"{".to_vec(), OUTPUT, Processes::Own)
         .await
         .unwrap_err();
     assert!(matches!(garbled, AgentError::InvalidArgument(_)), "{garbled}");

@@ -1,0 +1,56 @@
+//! The first process of a process namespace that containers of the pod share, there as long as the machine. It takes over the
+//! processes whose parents have gone. The containers see it, so there is nothing in it to look into: no file of the guest, no
+//! open descriptor, no right.
+
+use std::convert::Infallible;
+
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+    sys::{
+        prctl,
+        signal::{SigHandler, Signal, signal},
+    },
+    unistd::{Gid, Uid, chdir, pause, pivot_root, setgroups, setresgid, setresuid, setsid},
+};
+
+use super::ROOT;
+
+/// Whom nothing belongs to: `nobody`.
+const NOBODY: u32 = 65534;
+
+/// Becomes that process. Returns only with the reason why that failed.
+pub(super) fn hold() -> String {
+    match try_hold() {
+        Err(error) => format!("the first process of the pod could not be made: {}", error.desc()),
+    }
+}
+
+fn try_hold() -> nix::Result<Infallible> {
+    prctl::set_name(c"pod")?;
+    setsid()?;
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("none"), ROOT, Some("tmpfs"), flags, Some("mode=0555"))?;
+    // What is mounted last goes on top, so it is the old root that is then taken away: pivot_root(2).
+    chdir(ROOT)?;
+    pivot_root(".", ".")?;
+    umount2(".", MntFlags::MNT_DETACH)?;
+    chdir("/")?;
+
+    setgroups(&[])?;
+    let (user, group) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
+    setresgid(group, group, group)?;
+    setresuid(user, user, user)?;
+    prctl::set_no_new_privs()?;
+    // The kernel then keeps nothing of those that end: sigaction(2), SIGCHLD.
+    // SAFETY: no handler is set.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
+    // SAFETY: nothing is done any more that needs one of them.
+    unsafe { libc::close_range(0, libc::c_uint::MAX, 0) };
+    loop {
+        pause();
+    }
+}
