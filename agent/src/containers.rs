@@ -33,6 +33,7 @@ use crate::{
     process::Process,
     reaper::{Exit, ExitWatch, Reaper},
     runtime::{self, ConsoleSocket, Order, Target, zygote::Zygote},
+    share,
 };
 
 type Key = (String, String);
@@ -450,6 +451,9 @@ fn write_secret(path: &Path, bytes: &[u8]) -> Result<(), AgentError> {
 }
 
 fn remove_files(id: &str) {
+    if let Err(error) = share::let_go(id) {
+        tracing::warn!(container_id = id, %error, "a container's files stay mounted");
+    }
     for path in [
         Path::new(runtime::ROOT).join(BUNDLES).join(id),
         runtime::records().join(id),

@@ -9,6 +9,7 @@ use std::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::fs::DirBuilderExt,
     },
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -22,6 +23,7 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
+use procfs::process::Process;
 use tokio::time::{Instant, sleep};
 
 use crate::{error::AgentError, last_words, serial};
@@ -119,6 +121,21 @@ impl Share {
         *state = Mount::Carried;
         Ok(())
     }
+}
+
+/// Lets go of what the kernel has mounted by itself below the directory for a container: each file system of the host is a mount there, which
+/// the host cannot free as long as the guest has it, and which costs time when the guest powers off.
+pub(crate) fn let_go(container_id: &str) -> io::Result<()> {
+    let folder = Path::new(SHARED_MOUNT).join(container_id);
+    let mounts = Process::myself()
+        .and_then(|own| own.mountinfo())
+        .map_err(io::Error::other)?;
+    let below = |point: &Path| point != folder && point.starts_with(&folder);
+    // What was mounted last is on top.
+    for mount in mounts.iter().rev().filter(|mount| below(&mount.mount_point)) {
+        umount2(&mount.mount_point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
+    }
+    Ok(())
 }
 
 fn make_mount_point() -> io::Result<()> {
