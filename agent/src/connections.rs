@@ -5,7 +5,7 @@ use std::{io, sync::Arc};
 
 use anyhow::Result;
 use coreos_kvm_proto::{
-    AGENT_PORT, STREAM_PORT,
+    AGENT_PORT, FORWARD_PORT, STREAM_PORT,
     mux::{Arrival, Incoming, Mux, Side},
 };
 use futures::stream::{Stream, poll_fn};
@@ -16,8 +16,10 @@ use tokio::{
 };
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 
-use crate::{containers::Containers, serial::SerialPort, streams};
+use crate::{containers::Containers, forward, serial::SerialPort, streams};
 
+/// Where connections are taken.
+const PORTS: [u32; 3] = [AGENT_PORT, STREAM_PORT, FORWARD_PORT];
 /// Connections that nobody has taken yet.
 const WAITING: usize = 64;
 
@@ -49,7 +51,7 @@ impl Connections {
             containers,
             tasks: JoinSet::new(),
         };
-        for port in [AGENT_PORT, STREAM_PORT] {
+        for port in PORTS {
             let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))?;
             let taker = connections.taker();
             connections.tasks.spawn(async move {
@@ -107,17 +109,17 @@ struct Taker {
 
 impl Taker {
     async fn take(&self, port: u32, stream: impl Connection + 'static) {
-        if port == AGENT_PORT {
+        match port {
             // The server takes them as long as the agent lives.
-            let _ = self.calls.send(Box::new(stream)).await;
-        } else {
-            tokio::spawn(streams::serve(self.containers.clone(), stream));
+            AGENT_PORT => drop(self.calls.send(Box::new(stream)).await),
+            FORWARD_PORT => drop(tokio::spawn(forward::serve(stream))),
+            _ => drop(tokio::spawn(streams::serve(self.containers.clone(), stream))),
         }
     }
 
     async fn take_arrival(&self, arrival: Arrival) {
         let port = arrival.port;
-        if [AGENT_PORT, STREAM_PORT].contains(&port)
+        if PORTS.contains(&port)
             && let Ok(stream) = arrival.take().await
         {
             self.take(port, stream).await;

@@ -5,6 +5,7 @@
 //! - [`runtime`]: how processes come to be in containers, by a zygote and libcontainer
 //! - [`reaper`]: the one owner of exits
 //! - [`connections`]: the ways to the host, by vsock or by a [`serial`] port; [`streams`]: what carries stdin, stdout and stderr
+//! - [`forward`]: connections to the guest's loopback
 //! - [`cgroup`], [`stats`]: the containers' cgroups and what they say; [`passwd`] and [`workdir`]: their users' homes
 //!   and the folders they start in
 //! - [`share`], [`mounts`], [`network`], [`identity`], [`size`]: making the guest the pod's
@@ -15,6 +16,7 @@ mod cgroup;
 mod connections;
 mod containers;
 mod error;
+mod forward;
 mod free_memory;
 mod greeting;
 mod identity;

@@ -16,6 +16,7 @@ use ttrpc::{
 
 use crate::{console::harmless, vsock::VsockDialer};
 
+mod forward;
 mod stream;
 
 pub use stream::{StreamReader, StreamWriter};

@@ -8,7 +8,8 @@
 //! A machine boots, or it is a clone of a [`template`], in which another one has booted before it.
 //!
 //! Around a machine: [`accel`] decides how QEMU runs the guest's instructions, [`vsock`] and [`virtiofs`] are its ways to
-//! the host, [`share_server`] stands in for the latter in some clones, [`netdev`] its way into the pod's network, [`forward`] the way to it where it has QEMU's own, [`disk`] what it
+//! the host, [`share_server`] stands in for the latter in some clones, [`netdev`] its way into the pod's network, [`loopback`] the way from there to its loopback,
+//! [`forward`] the way to it where it has QEMU's own, [`disk`] what it
 //! may write to, [`user`] and [`cgroup`] the wall around its processes, [`console`]
 //! what the guest prints, and [`state`] what is kept on disk so that a later process can find the machine or end it.
 
@@ -22,6 +23,7 @@ pub mod console;
 pub mod disk;
 pub mod forward;
 pub mod guest;
+pub mod loopback;
 pub mod machine;
 pub mod netdev;
 pub mod process;

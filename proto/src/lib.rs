@@ -6,6 +6,7 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/generated.rs"));
 }
 
+pub mod carry;
 pub mod frame;
 pub mod mux;
 
@@ -18,6 +19,8 @@ pub const PROTOCOL: u32 = 4;
 pub const AGENT_PORT: u32 = 1024;
 /// vsock port on which the agent takes stream connections.
 pub const STREAM_PORT: u32 = 1025;
+/// vsock port on which the agent takes connections that are to go to a port of the guest's loopback: [`carry`].
+pub const FORWARD_PORT: u32 = 1027;
 /// vsock port of the host (CID 2) that the agent dials when it serves, unless the kernel argument [`READY_PORT_ARGUMENT`]
 /// names another.
 pub const READY_PORT: u32 = 1026;

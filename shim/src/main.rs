@@ -30,6 +30,7 @@ mod metrics;
 mod options;
 mod pod;
 mod podspec;
+mod portforward;
 mod process;
 mod rootfs;
 mod serve;

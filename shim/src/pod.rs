@@ -11,7 +11,7 @@ use containerd_shim_protos::{
     api::CreateTaskRequest,
     events::task::{TaskCreate, TaskIO},
 };
-use coreos_kvm_launcher::{agent::Processes, config::Config, state::ProcessId, vm::MachineSize};
+use coreos_kvm_launcher::{agent::Processes, config::Config, machine::Network, state::ProcessId, vm::MachineSize};
 use oci_spec::runtime::{LinuxResources, Spec};
 use protobuf::MessageField;
 use tokio_util::sync::CancellationToken;
@@ -20,13 +20,14 @@ use crate::{
     bundle,
     container::{Container, Wanted},
     containerd::{self, Containerd},
-    error::ShimError,
+    error::{ShimError, sentence},
     events::Events,
     guestspec,
     hypervisor::{Hypervisor, RunningMachine},
     limits::Limits,
     logging, options,
     podspec::{self, Role},
+    portforward,
     process::{Exit, KILLED},
     streams::Stdio,
 };
@@ -143,6 +144,15 @@ impl Pod {
         }
         let spec = bundle::spec(Path::new(&request.bundle))?;
         let role = podspec::role(&spec);
+        let processes = match (guestspec::shares_processes(&spec), role) {
+            (false, _) => Processes::Own,
+            (true, Role::Member) => self.processes(&request.id).await?,
+            (true, Role::Sandbox | Role::Alone) => {
+                return Err(ShimError::InvalidArgument(
+                    "a process namespace of the host cannot be entered from a machine".to_owned(),
+                ));
+            }
+        };
         let machine = match role {
             Role::Member => {
                 let machine = self
@@ -162,10 +172,6 @@ impl Pod {
                 }
                 machine = self.boot(request, &spec) => machine?,
             },
-        };
-        let processes = match guestspec::shares_processes(&spec) {
-            true => self.processes(&request.id).await?,
-            false => Processes::Own,
         };
         let wanted = Wanted {
             id: &request.id,
@@ -201,6 +207,10 @@ impl Pod {
         let config = Config::load_or_default(path.as_deref()).map_err(ShimError::invalid)?;
         logging::set_level(config.log_level);
         let machine = podspec::machine(&request.id, spec, &config)?;
+        let netns = match &machine.network {
+            Network::Tap { netns, .. } => Some(netns.clone()),
+            _ => None,
+        };
         let record = bundle::Record {
             machine: machine.id.to_string(),
             state_dir: config.state_dir.clone(),
@@ -216,6 +226,16 @@ impl Pod {
             self.give_up(&machine).await;
             self.contents().booting = None;
             return Err(error.into());
+        }
+        if let Some(netns) = netns
+            && let Err(error) = portforward::start(machine.clone(), &netns).await
+        {
+            // All else works.
+            tracing::warn!(
+                sandbox_id = request.id,
+                error = sentence(&error),
+                "port-forward will not work"
+            );
         }
         tracing::info!(
             sandbox_id = request.id,

@@ -10,6 +10,7 @@ use kubeception_tests::cri::wait_for_log;
 use kubeception_tests::http;
 use kubeception_tests::image::{WEB, WEB_PAGE};
 use kubeception_tests::pod::Container;
+use kubeception_tests::stream;
 use libtest_mimic::Trial;
 
 use crate::lab::{Lab, Together, eventually};
@@ -20,6 +21,7 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     vec![
         lab.trial("a web server answers at the pod's addresses and at its hostPort", web),
         lab.trial("a container reaches the node", outward),
+        lab.trial("a port that listens on loopback alone is forwarded", forwarded),
     ]
 }
 
@@ -57,6 +59,30 @@ fn web(lab: &Together<'_>) -> Result<()> {
     // The containers of a pod share the guest's loopback.
     let asks = lab.running(&Container::script("asks", "wget -q -O - http://127.0.0.1:8080/"))?;
     wait_for_log(&asks.log, BOUND, |line| line.text == WEB_PAGE.trim())?;
+    Ok(())
+}
+
+fn forwarded(lab: &Together<'_>) -> Result<()> {
+    let ask = |port| {
+        let url = lab.port_forward_url(&lab.shared()?.id, port)?;
+        stream::ask_port(&lab.node, &url, port, "GET / HTTP/1.0\r\n\r\n")
+    };
+    for (name, address) in [("v4", "127.0.0.1:8091"), ("v6", "[::1]:8092")] {
+        let container = Container::new(&format!("web-{name}"), WEB);
+        let _web = lab.running(&container.command(&["httpd", "-f", "-p", address, "-h", "/www"]))?;
+        let port = address.rsplit(':').next().unwrap_or_default().parse()?;
+        let page = eventually(BOUND, || {
+            let page = ask(port)?;
+            ensure!(page.ends_with(WEB_PAGE), "{address} answered {page:?}");
+            Ok(page)
+        })?;
+        ensure!(page.contains(" 200 "), "{page:?}");
+    }
+    let nobody = ask(8093);
+    ensure!(
+        !nobody.as_ref().is_ok_and(|said| !said.is_empty()),
+        "a port without a server says {nobody:?}"
+    );
     Ok(())
 }
 

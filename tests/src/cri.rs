@@ -10,9 +10,9 @@ use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     ContainerState, ContainerStats, ContainerStatsRequest, ContainerStatus, ContainerStatusRequest,
     CreateContainerRequest, ExecRequest, ExecSyncRequest, ExecSyncResponse, LinuxContainerResources,
-    ListContainersRequest, ListPodSandboxRequest, PodSandboxStatus, PodSandboxStatusRequest, RemoveContainerRequest,
-    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StatusRequest, StopContainerRequest,
-    StopPodSandboxRequest, UpdateContainerResourcesRequest,
+    ListContainersRequest, ListPodSandboxRequest, PodSandboxStatus, PodSandboxStatusRequest, PortForwardRequest,
+    RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StatusRequest,
+    StopContainerRequest, StopPodSandboxRequest, UpdateContainerResourcesRequest,
 };
 use tonic::transport::Channel;
 use tonic::{Response, Status};
@@ -248,6 +248,16 @@ impl Cri {
         };
         let mut client = self.client.clone();
         Ok(self.call("exec", CALL_BOUND, client.exec(request))?.url)
+    }
+
+    /// The address of a port-forward, on loopback in the node's network.
+    pub fn port_forward_url(&self, sandbox: &str, port: u16) -> Result<String> {
+        let request = PortForwardRequest {
+            pod_sandbox_id: sandbox.to_owned(),
+            port: vec![port.into()],
+        };
+        let mut client = self.client.clone();
+        Ok(self.call("port-forward", CALL_BOUND, client.port_forward(request))?.url)
     }
 
     /// Ids of all sandboxes.

@@ -1,5 +1,5 @@
-//! An interactive exec, as `kubectl exec -it` has it: the streams and the end of a process over one WebSocket connection to
-//! containerd's streaming server, in the protocol `v4.channel.k8s.io` (a byte that names the channel opens each message).
+//! What goes over a WebSocket connection to containerd's streaming server, in the protocol `v4.channel.k8s.io` (a byte that names the
+//! channel opens each message): an interactive exec, as `kubectl exec -it` has it, and a forwarded port.
 
 use std::io::ErrorKind;
 use std::net::TcpStream;
@@ -31,26 +31,8 @@ pub struct Session {
 impl Session {
     /// Connects to the address that [`crate::cri::Cri::exec_url`] answered.
     pub fn open(node: &Node, url: &str) -> Result<Self> {
-        let address = url
-            .strip_prefix("http://")
-            .with_context(|| format!("{url} is no http address"))?;
-        let host = address.split('/').next().unwrap_or_default().to_owned();
-        let mut request = format!("ws://{address}")
-            .into_client_request()
-            .context("the exec's address")?;
-        request
-            .headers_mut()
-            .insert("Sec-WebSocket-Protocol", HeaderValue::from_static("v4.channel.k8s.io"));
-
-        let stream = node
-            .in_network(|| TcpStream::connect(&host))?
-            .with_context(|| format!("connecting to {host}"))?;
-        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-        let (socket, _) = tungstenite::client(request, stream)
-            .map_err(|error| anyhow::anyhow!("{error}"))
-            .context("opening the exec's streams")?;
         Ok(Self {
-            socket,
+            socket: connect(node, url)?,
             stdout: Vec::new(),
             stderr: Vec::new(),
             exit_code: None,
@@ -125,6 +107,61 @@ impl Session {
         }
         Ok(())
     }
+}
+
+/// A connection to the streaming server.
+fn connect(node: &Node, url: &str) -> Result<WebSocket<TcpStream>> {
+    let address = url
+        .strip_prefix("http://")
+        .with_context(|| format!("{url} is no http address"))?;
+    let host = address.split('/').next().unwrap_or_default().to_owned();
+    let mut request = format!("ws://{address}")
+        .into_client_request()
+        .context("the stream's address")?;
+    request
+        .headers_mut()
+        .insert("Sec-WebSocket-Protocol", HeaderValue::from_static("v4.channel.k8s.io"));
+
+    let stream = node
+        .in_network(|| TcpStream::connect(&host))?
+        .with_context(|| format!("connecting to {host}"))?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    let (socket, _) = tungstenite::client(request, stream)
+        .map_err(|error| anyhow::anyhow!("{error}"))
+        .context("opening the streams")?;
+    Ok(socket)
+}
+
+/// Asks a forwarded port, by the address that [`crate::cri::Cri::port_forward_url`] answered, and answers all that it says until the
+/// connection ends: one channel has the data, another one errors; each begins with the port's number.
+pub fn ask_port(node: &Node, url: &str, port: u16, question: &str) -> Result<String> {
+    const DATA: u8 = 0;
+    let mut socket = connect(node, &format!("{url}?port={port}"))?;
+    let question = [&[DATA], question.as_bytes()].concat();
+    socket
+        .send(Message::Binary(question.into()))
+        .context("asking the port")?;
+    let mut channels = [Vec::new(), Vec::new()];
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        match socket.read() {
+            Ok(message) => {
+                let data = message.into_data();
+                if let Some((&channel, bytes)) = data.split_first()
+                    && let Some(said) = channels.get_mut(usize::from(channel))
+                {
+                    said.extend_from_slice(bytes);
+                }
+            }
+            Err(Error::ConnectionClosed | Error::AlreadyClosed | Error::Protocol(_)) => break,
+            Err(Error::Io(error)) if error.kind() == ErrorKind::ConnectionReset => break,
+            Err(error) => return Err(error).context("reading from the port"),
+        }
+        ensure!(Instant::now() < deadline, "the port does not come to an end");
+    }
+    let [data, error] = channels.map(|said| said.get(2..).map(<[u8]>::to_vec).unwrap_or_default());
+    ensure!(error.is_empty(), "{}", String::from_utf8_lossy(&error));
+    Ok(String::from_utf8_lossy(&data).into_owned())
 }
 
 /// The Kubernetes API's `Status` that ends a stream.
