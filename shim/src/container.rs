@@ -27,7 +27,7 @@ use crate::{
     limits::Limits,
     podspec::Role,
     process::{Exit, KILLED, Process, State},
-    rootfs::ContainerFiles,
+    rootfs::{self, ContainerFiles},
     streams::Stdio,
 };
 
@@ -86,7 +86,8 @@ impl Container {
         let mut files = None;
         if wanted.role != Role::Sandbox {
             let root = root_of(wanted.bundle, &wanted.spec);
-            let guest = guestspec::of(wanted.id, wanted.spec)?;
+            let mounts = rootfs::mount_points();
+            let guest = guestspec::of(wanted.id, wanted.spec, |path| rootfs::is_above(path, &mounts))?;
             let (share, id, rootfs) = (machine.share(), wanted.id.to_owned(), wanted.rootfs.to_vec());
             // On another thread: a root of many layers is mounted from a working directory of that thread's own.
             let mounting =

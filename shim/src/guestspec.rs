@@ -17,8 +17,17 @@ pub(crate) struct Volume {
     pub(crate) source: PathBuf,
     /// Name below the container's part of the shared directory.
     pub(crate) name: String,
-    /// The guest is not to write to it, whatever becomes of the guest.
-    pub(crate) read_only: bool,
+    pub(crate) access: Access,
+}
+
+/// What the guest may do with a volume, whatever becomes of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    Write,
+    /// Read, and write to what is mounted below it.
+    Read,
+    /// Read, also what is mounted below it.
+    ReadAll,
 }
 
 /// A container as the guest is to make it, and what of the host it needs for that.
@@ -46,7 +55,7 @@ const PROPAGATION: [&str; 8] = [
 
 /// # Errors
 /// When the container asks for what cannot be had inside a guest; with the way out.
-pub(crate) fn of(id: &str, mut spec: Spec) -> Result<GuestSpec, ShimError> {
+pub(crate) fn of(id: &str, mut spec: Spec, has_mounts_below: impl Fn(&Path) -> bool) -> Result<GuestSpec, ShimError> {
     let there = Path::new(SHARED_MOUNT).join(id);
     let mut volumes = Vec::new();
 
@@ -55,7 +64,9 @@ pub(crate) fn of(id: &str, mut spec: Spec) -> Result<GuestSpec, ShimError> {
         spec.set_root(Some(root));
     }
     if let Some(mounts) = spec.mounts().clone() {
-        let mounts = mounts.into_iter().map(|mount| adapt_mount(mount, &there, &mut volumes));
+        let mounts = mounts
+            .into_iter()
+            .map(|mount| adapt_mount(mount, &there, &mut volumes, &has_mounts_below));
         spec.set_mounts(Some(mounts.collect()));
     }
     if let Some(mut linux) = spec.linux().clone() {
@@ -112,14 +123,19 @@ fn namespace_of_its_own(namespace: &LinuxNamespace) -> LinuxNamespace {
     own
 }
 
-fn adapt_mount(mut mount: Mount, there: &Path, volumes: &mut Vec<Volume>) -> Mount {
+fn adapt_mount(
+    mut mount: Mount,
+    there: &Path,
+    volumes: &mut Vec<Volume>,
+    has_mounts_below: impl Fn(&Path) -> bool,
+) -> Mount {
     let options = mount.options().clone().unwrap_or_default();
     let is_bind =
         mount.typ().as_deref() == Some("bind") || options.iter().any(|option| option == "bind" || option == "rbind");
     let Some(source) = mount.source().clone().filter(|_| is_bind) else {
         return mount;
     };
-    let options = options
+    let mut options = options
         .into_iter()
         .filter(|option| !PROPAGATION.contains(&option.as_str()))
         .collect::<Vec<_>>();
@@ -127,12 +143,18 @@ fn adapt_mount(mut mount: Mount, there: &Path, volumes: &mut Vec<Volume>) -> Mou
         mount.set_source(Some(GUEST_SHM.into()));
     } else {
         let name = format!("{VOLUMES}/{}", volumes.len());
+        let has = |word: &str| options.iter().any(|option| option == word);
+        let access = match (has("rro"), has("ro")) {
+            (true, _) => Access::ReadAll,
+            (false, true) => Access::Read,
+            (false, false) => Access::Write,
+        };
+        if access == Access::Read && has_mounts_below(&source) {
+            // In the guest all of it is one mount; the host knows which are to be written to.
+            options.retain(|option| option != "ro");
+        }
         mount.set_source(Some(there.join(&name)));
-        volumes.push(Volume {
-            source,
-            name,
-            read_only: options.iter().any(|option| option == "ro" || option == "rro"),
-        });
+        volumes.push(Volume { source, name, access });
     }
     mount.set_options(Some(options));
     mount
@@ -173,7 +195,9 @@ mod tests {
     use super::*;
 
     fn inside(host: Value) -> Result<(Value, Vec<Volume>), ShimError> {
-        let guest = of("c1", serde_json::from_value(host).unwrap())?;
+        let guest = of("c1", serde_json::from_value(host).unwrap(), |path| {
+            path == Path::new("/srv/with-mounts")
+        })?;
         Ok((serde_json::to_value(guest.spec).unwrap(), guest.volumes))
     }
 
@@ -211,16 +235,16 @@ mod tests {
     #[test]
     fn files_are_shared_under_numbers_and_read_only_stays_so() {
         let (spec, volumes) = inside(host()).unwrap();
-        let volume = |name: &str, source: &str, read_only| Volume {
+        let volume = |name: &str, source: &str, access| Volume {
             source: source.into(),
             name: name.to_owned(),
-            read_only,
+            access,
         };
         assert_eq!(
             volumes,
             [
-                volume("volumes/0", "/var/lib/kubelet/hosts", false),
-                volume("volumes/1", "/var/lib/kubelet/secret", true)
+                volume("volumes/0", "/var/lib/kubelet/hosts", Access::Write),
+                volume("volumes/1", "/var/lib/kubelet/secret", Access::Read)
             ]
         );
         let sources: Vec<_> = spec["mounts"]
@@ -243,6 +267,21 @@ mod tests {
             spec["root"],
             json!({"path": "/run/coreos-kvm/shared/c1/rootfs", "readonly": true})
         );
+    }
+
+    #[test]
+    fn what_is_mounted_below_a_read_only_volume_is_read_only_only_if_that_is_asked_for() {
+        let with = |option: &str| {
+            let mut host = host();
+            host["mounts"] = json!([
+                {"destination": "/mnt", "type": "bind", "source": "/srv/with-mounts", "options": ["rbind", option]},
+            ]);
+            let (spec, volumes) = inside(host).unwrap();
+            (spec["mounts"][0]["options"].clone(), volumes[0].access)
+        };
+        assert_eq!(with("ro"), (json!(["rbind"]), Access::Read));
+        assert_eq!(with("rro"), (json!(["rbind", "rro"]), Access::ReadAll));
+        assert_eq!(with("rw"), (json!(["rbind", "rw"]), Access::Write));
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! A container's files on the host: its root file system and its volumes, mounted where the guest sees them, and nowhere else.
 
 use std::{
+    ffi::OsString,
     fs::{DirBuilder, File},
     io,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
-        unix::fs::DirBuilderExt,
+        unix::{ffi::OsStringExt, fs::DirBuilderExt},
     },
     path::{Path, PathBuf},
 };
@@ -20,7 +21,7 @@ use rustix::{
 
 use crate::{
     error::ShimError,
-    guestspec::{ROOTFS, Volume},
+    guestspec::{Access, ROOTFS, Volume},
 };
 
 /// The two sides of the directory that pod and guest share: the guest can write to neither, only to what is mounted there.
@@ -70,7 +71,8 @@ impl ContainerFiles {
         make_directory(&self.points.join(ROOTFS), 0o755)?;
         let target = self.shared.join(ROOTFS);
         if rootfs.is_empty() {
-            bind(root, &target, false).map_err(ShimError::while_doing(format!("sharing {}", root.display())))?;
+            bind(root, &target, Access::Write)
+                .map_err(ShimError::while_doing(format!("sharing {}", root.display())))?;
             self.mounted.push(target);
             return Ok(());
         }
@@ -98,7 +100,7 @@ impl ContainerFiles {
             File::create(&point).map_err(ShimError::while_doing(format!("making {}", point.display())))?;
         }
         let target = self.shared.join(&volume.name);
-        bind(&volume.source, &target, volume.read_only).map_err(ShimError::while_doing(sharing()))?;
+        bind(&volume.source, &target, volume.access).map_err(ShimError::while_doing(sharing()))?;
         self.mounted.push(target);
         Ok(())
     }
@@ -138,11 +140,13 @@ impl Drop for ContainerFiles {
 }
 
 /// Binds `source`, with all that is mounted below it, to `target`; it never shows there writable if it is not to be.
-fn bind(source: &Path, target: &Path, read_only: bool) -> io::Result<()> {
+fn bind(source: &Path, target: &Path, access: Access) -> io::Result<()> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
     let tree = open_tree(CWD, source, flags)?;
-    if read_only {
-        set_read_only(&tree)?;
+    match access {
+        Access::Write => {}
+        Access::Read => set_read_only(&tree, 0)?,
+        Access::ReadAll => set_read_only(&tree, libc::AT_RECURSIVE)?,
     }
     Ok(move_mount(
         tree.as_fd(),
@@ -153,15 +157,15 @@ fn bind(source: &Path, target: &Path, read_only: bool) -> io::Result<()> {
     )?)
 }
 
-/// Makes every mount of a detached tree read-only: mount_setattr(2), which neither rustix nor nix has.
-fn set_read_only(tree: &OwnedFd) -> io::Result<()> {
+/// Makes a detached tree read-only, with AT_RECURSIVE all its mounts: mount_setattr(2), which neither rustix nor nix has.
+fn set_read_only(tree: &OwnedFd, recursive: libc::c_int) -> io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_RDONLY,
         attr_clr: 0,
         propagation: 0,
         userns_fd: 0,
     };
-    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    let flags = libc::AT_EMPTY_PATH | recursive;
     // SAFETY: the descriptor is open, the path is an empty C string, and the structure is as long as the size says.
     let result = unsafe {
         libc::syscall(
@@ -178,6 +182,35 @@ fn set_read_only(tree: &OwnedFd) -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// Where something is mounted, as this process sees it.
+pub(crate) fn mount_points() -> Vec<PathBuf> {
+    // Without it nothing can be mounted either.
+    let mounts = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
+    mounts.split(|byte| *byte == b'\n').filter_map(mount_point).collect()
+}
+
+/// The fifth field of a line of mountinfo, in which blanks and backslashes are octal: proc(5).
+fn mount_point(line: &[u8]) -> Option<PathBuf> {
+    let field = line.split(|byte| *byte == b' ').nth(4)?;
+    let mut path = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&byte, after)) = rest.split_first() {
+        let octal = after.get(..3).filter(|_| byte == b'\\');
+        let value = octal.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        path.push(value.unwrap_or(byte));
+        rest = if value.is_some() { &after[3..] } else { after };
+    }
+    Some(OsString::from_vec(path).into())
+}
+
+/// Whether one of the mount points is below the path, wherever that leads.
+pub(crate) fn is_above(path: &Path, mount_points: &[PathBuf]) -> bool {
+    let Ok(path) = path.canonicalize() else { return false };
+    mount_points
+        .iter()
+        .any(|point| *point != path && point.starts_with(&path))
 }
 
 fn make_directory(path: &Path, mode: u32) -> Result<(), ShimError> {
@@ -218,4 +251,23 @@ fn remove_mount_points(directory: &Path) -> io::Result<()> {
         std::fs::remove_dir(path)?;
     }
     std::fs::remove_dir(directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounts_are_found_below_a_path_but_not_at_it() {
+        let line = br"36 35 98:0 / /srv/with\040blank/tmpfs rw,noatime master:1 - tmpfs none rw";
+        assert_eq!(mount_point(line), Some("/srv/with blank/tmpfs".into()));
+        assert_eq!(mount_point(b""), None);
+        let there = tempfile::tempdir().unwrap();
+        let below = there.path().canonicalize().unwrap().join("below");
+        std::fs::create_dir(&below).unwrap();
+        let points = [PathBuf::from("/"), below.clone()];
+        assert!(is_above(there.path(), &points));
+        assert!(!is_above(&below, &points));
+        assert!(mount_points().contains(&PathBuf::from("/")));
+    }
 }

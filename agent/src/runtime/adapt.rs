@@ -18,6 +18,10 @@ pub(super) fn adapt(spec: &mut Spec, cgroup: &Path, terminal: bool) -> Result<()
     if let Some(mut linux) = spec.linux().clone() {
         linux.set_cgroups_path(Some(cgroup.to_owned()));
         linux.set_mount_label(None);
+        // libcontainer knows the words without r alone, and takes them for the whole tree.
+        let propagation = linux.rootfs_propagation().as_deref();
+        let word = propagation.map(|word| word.strip_prefix('r').unwrap_or(word).to_owned());
+        linux.set_rootfs_propagation(word);
         if let Some(mut profile) = linux.seccomp().clone() {
             seccomp::for_libcontainer(&mut profile)?;
             linux.set_seccomp(Some(profile));
@@ -86,10 +90,12 @@ mod tests {
             "ociVersion": "1.0.2",
             "hooks": {"prestart": [{"path": "/bin/evil"}]},
             "process": {"user": {"uid": 0, "gid": 0}, "args": ["true"], "cwd": "/", "apparmorProfile": "cri"},
-            "linux": {"cgroupsPath": "/k8s.io/abc"},
+            "linux": {"cgroupsPath": "/k8s.io/abc", "rootfsPropagation": "rslave"},
         }))
         .unwrap();
         adapt(&mut spec, Path::new("/system.slice/agent/abc"), true).unwrap();
+        let propagation = spec.linux().as_ref().unwrap().rootfs_propagation().clone();
+        assert_eq!(propagation.as_deref(), Some("slave"));
         assert!(spec.hooks().is_none());
         let process = spec.process().as_ref().unwrap();
         assert_eq!((process.apparmor_profile(), process.terminal()), (&None, Some(true)));
