@@ -41,7 +41,7 @@ pub(crate) struct GuestSpec {
 pub(crate) const ROOTFS: &str = "rootfs";
 const VOLUMES: &str = "volumes";
 
-/// Options of mount(8) about propagation: what is mounted on the host does not propagate through virtiofs anyway.
+/// Options of mount(8) about propagation: to the guest a volume is one mount, whatever is mounted below it on the host.
 const PROPAGATION: [&str; 8] = [
     "shared",
     "rshared",

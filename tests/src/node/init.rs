@@ -113,10 +113,12 @@ fn remove_lock(place: &Place) -> Result<()> {
     Ok(())
 }
 
-/// Mounts of its own: /proc of the new PID namespace, and a private /run, where containerd and shims have fixed places.
+/// Mounts of its own, shared among those of the node as systemd has them: /proc of the new PID namespace, and a private /run, where containerd and shims have fixed places.
 fn set_up(place: &Place) -> Result<()> {
     let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("making mounts private")?;
+    for propagation in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
+        mount(none, "/", none, MsFlags::MS_REC | propagation, none).context("setting the mounts' propagation")?;
+    }
     mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none).context("mounting /proc")?;
     for folder in place.folders() {
         fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;

@@ -59,8 +59,9 @@ pub(crate) fn make() -> Result<Layout> {
         let config = json!({ "Cmd": ["sh"], "Labels": { "name": image } });
         layout.add_image(&name, config, &[&busybox])?;
     }
-    // Pulled under the names of two registries.
-    let pause = json!({ "Cmd": ["tail", "-f", "/dev/null"] });
+    // Pulled under the names of two registries, and run. With the label it is another image than that of the node's sandboxes, which
+    // would else be removed with it.
+    let pause = json!({ "Cmd": ["tail", "-f", "/dev/null"], "Labels": { "name": "pause" } });
     layout.add_image("registry.k8s.io/pause:3.9", pause, &[&busybox])?;
     for tag in ["1", "2", "3"] {
         let name = format!("{CRITEST}/test-image-tags:{tag}");
