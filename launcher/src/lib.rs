@@ -25,6 +25,7 @@ pub mod forward;
 pub mod guest;
 pub mod loopback;
 pub mod machine;
+pub mod mountinfo;
 pub mod netdev;
 pub mod process;
 pub mod program;

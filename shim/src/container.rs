@@ -27,7 +27,7 @@ use crate::{
     limits::Limits,
     podspec::Role,
     process::{Exit, KILLED, Process, State},
-    rootfs::{self, ContainerFiles},
+    rootfs::ContainerFiles,
     streams::Stdio,
 };
 
@@ -86,18 +86,15 @@ impl Container {
         let mut files = None;
         if wanted.role != Role::Sandbox {
             let root = root_of(wanted.bundle, &wanted.spec);
-            let mounts = rootfs::mount_points();
-            let guest = guestspec::of(wanted.id, wanted.spec, |path| rootfs::is_above(path, &mounts))?;
             let (share, id, rootfs) = (machine.share(), wanted.id.to_owned(), wanted.rootfs.to_vec());
             // On another thread: a root of many layers is mounted from a working directory of that thread's own.
             let mounting =
-                tokio::task::spawn_blocking(move || ContainerFiles::mount(&share, &id, &rootfs, &root, &guest.volumes));
-            files = Some(
-                mounting
-                    .await
-                    .map_err(ShimError::while_doing("mounting the container's files"))??,
-            );
-            let json = serde_json::to_vec(&guest.spec).map_err(ShimError::while_doing("writing the specification"))?;
+                tokio::task::spawn_blocking(move || ContainerFiles::of(&share, &id, wanted.spec, &rootfs, &root));
+            let (spec, mounted) = mounting
+                .await
+                .map_err(ShimError::while_doing("mounting the container's files"))??;
+            files = Some(mounted);
+            let json = serde_json::to_vec(&spec).map_err(ShimError::while_doing("writing the specification"))?;
             machine
                 .agent()
                 .create_container(wanted.id, json, init.stdio.wanted(), wanted.processes)

@@ -18,6 +18,18 @@ pub(crate) struct Volume {
     /// Name below the container's part of the shared directory.
     pub(crate) name: String,
     pub(crate) access: Access,
+    /// Whether what is mounted below it is part of it.
+    pub(crate) below: Below,
+}
+
+/// What of the mounts below a volume the guest sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Below {
+    Nothing,
+    /// What is there when the container is made.
+    Now,
+    /// Also what comes and goes later.
+    Always,
 }
 
 /// What the guest may do with a volume, whatever becomes of the guest.
@@ -52,6 +64,9 @@ const PROPAGATION: [&str; 8] = [
     "unbindable",
     "runbindable",
 ];
+
+/// Those with which the container is to see what is mounted on the host later.
+const FROM_THE_HOST: [&str; 4] = ["shared", "rshared", "slave", "rslave"];
 
 /// # Errors
 /// When the container asks for what cannot be had inside a guest; with the way out.
@@ -117,6 +132,18 @@ pub(crate) fn shares_processes(spec: &Spec) -> bool {
     namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_some())
 }
 
+/// Has the container see the guest's processes, which are to it the node's.
+pub(crate) fn see_all_processes(spec: &mut Spec) {
+    if let Some(mut linux) = spec.linux().clone() {
+        let namespaces = linux.namespaces().clone().unwrap_or_default();
+        let others = namespaces
+            .into_iter()
+            .filter(|namespace| namespace.typ() != LinuxNamespaceType::Pid);
+        linux.set_namespaces(Some(others.collect()));
+        spec.set_linux(Some(linux));
+    }
+}
+
 fn namespace_of_its_own(namespace: &LinuxNamespace) -> LinuxNamespace {
     let mut own = namespace.clone();
     own.set_path(None);
@@ -135,6 +162,7 @@ fn adapt_mount(
     let Some(source) = mount.source().clone().filter(|_| is_bind) else {
         return mount;
     };
+    let later = options.iter().any(|option| FROM_THE_HOST.contains(&option.as_str()));
     let mut options = options
         .into_iter()
         .filter(|option| !PROPAGATION.contains(&option.as_str()))
@@ -149,12 +177,23 @@ fn adapt_mount(
             (false, true) => Access::Read,
             (false, false) => Access::Write,
         };
-        if access == Access::Read && has_mounts_below(&source) {
+        let below = match (has("rbind"), later) {
+            (false, _) => Below::Nothing,
+            // What comes later cannot be kept from being written to.
+            (true, true) if access != Access::ReadAll => Below::Always,
+            (true, _) => Below::Now,
+        };
+        if access == Access::Read && below != Below::Nothing && has_mounts_below(&source) {
             // In the guest all of it is one mount; the host knows which are to be written to.
             options.retain(|option| option != "ro");
         }
         mount.set_source(Some(there.join(&name)));
-        volumes.push(Volume { source, name, access });
+        volumes.push(Volume {
+            source,
+            name,
+            access,
+            below,
+        });
     }
     mount.set_options(Some(options));
     mount
@@ -239,6 +278,7 @@ mod tests {
             source: source.into(),
             name: name.to_owned(),
             access,
+            below: Below::Now,
         };
         assert_eq!(
             volumes,
@@ -282,6 +322,22 @@ mod tests {
         assert_eq!(with("ro"), (json!(["rbind"]), Access::Read));
         assert_eq!(with("rro"), (json!(["rbind", "rro"]), Access::ReadAll));
         assert_eq!(with("rw"), (json!(["rbind", "rw"]), Access::Write));
+    }
+
+    #[test]
+    fn what_is_mounted_below_a_volume_later_shows_only_if_that_is_asked_for() {
+        let with = |options: &[&str]| {
+            let mut host = host();
+            host["mounts"] = json!([
+                {"destination": "/mnt", "type": "bind", "source": "/srv", "options": options},
+            ]);
+            inside(host).unwrap().1[0].below
+        };
+        assert_eq!(with(&["bind", "rw"]), Below::Nothing);
+        assert_eq!(with(&["rbind", "rprivate", "rw"]), Below::Now);
+        assert_eq!(with(&["rbind", "rslave", "rw"]), Below::Always);
+        assert_eq!(with(&["rbind", "rshared", "ro"]), Below::Always);
+        assert_eq!(with(&["rbind", "rslave", "rro"]), Below::Now);
     }
 
     #[test]

@@ -1,19 +1,20 @@
 //! A container's files on the host: its root file system and its volumes, mounted where the guest sees them, and nowhere else.
 
 use std::{
-    ffi::OsString,
     fs::{DirBuilder, File},
     io,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
-        unix::{ffi::OsStringExt, fs::DirBuilderExt},
+        unix::fs::DirBuilderExt,
     },
     path::{Path, PathBuf},
 };
 
 use containerd_shim::mount::mount_rootfs;
 use containerd_shim_protos::api::Mount;
+use coreos_kvm_launcher::mountinfo;
 use nix::mount::{MntFlags, umount2};
+use oci_spec::runtime::Spec;
 use rustix::{
     fs::CWD,
     mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
@@ -21,7 +22,7 @@ use rustix::{
 
 use crate::{
     error::ShimError,
-    guestspec::{Access, ROOTFS, Volume},
+    guestspec::{self, Access, Below, ROOTFS, Volume},
 };
 
 /// The two sides of the directory that pod and guest share: the guest can write to neither, only to what is mounted there.
@@ -42,18 +43,29 @@ pub(crate) struct ContainerFiles {
 }
 
 impl ContainerFiles {
+    /// Mounts the files of a container as the host specifies it; answers what it is to the guest as well. Whoever serves the files of
+    /// a volume may not answer: this is nothing for a thread that others wait for.
+    ///
+    /// # Errors
+    /// When the container cannot be had inside a guest, or something cannot be mounted.
+    pub(crate) fn of(
+        share: &Share,
+        id: &str,
+        spec: Spec,
+        rootfs: &[Mount],
+        root: &Path,
+    ) -> Result<(Spec, Self), ShimError> {
+        let points = mountinfo::mount_points().map_err(ShimError::while_doing("listing the mounts"))?;
+        let guest = guestspec::of(id, spec, |path| is_above(path, &points))?;
+        Ok((guest.spec, Self::mount(share, id, rootfs, root, &guest.volumes)?))
+    }
+
     /// Mounts the root file system (`rootfs` as containerd describes it, or else the directory `root`) and the volumes below
     /// the container's part of the share.
     ///
     /// # Errors
     /// When something cannot be mounted; what was mounted before is unmounted.
-    pub(crate) fn mount(
-        share: &Share,
-        id: &str,
-        rootfs: &[Mount],
-        root: &Path,
-        volumes: &[Volume],
-    ) -> Result<Self, ShimError> {
+    fn mount(share: &Share, id: &str, rootfs: &[Mount], root: &Path, volumes: &[Volume]) -> Result<Self, ShimError> {
         let mut files = Self {
             points: share.points.join(id),
             shared: share.shared.join(id),
@@ -71,7 +83,7 @@ impl ContainerFiles {
         make_directory(&self.points.join(ROOTFS), 0o755)?;
         let target = self.shared.join(ROOTFS);
         if rootfs.is_empty() {
-            bind(root, &target, Access::Write)
+            bind(root, &target, Access::Write, Below::Now)
                 .map_err(ShimError::while_doing(format!("sharing {}", root.display())))?;
             self.mounted.push(target);
             return Ok(());
@@ -100,7 +112,7 @@ impl ContainerFiles {
             File::create(&point).map_err(ShimError::while_doing(format!("making {}", point.display())))?;
         }
         let target = self.shared.join(&volume.name);
-        bind(&volume.source, &target, volume.access).map_err(ShimError::while_doing(sharing()))?;
+        bind(&volume.source, &target, volume.access, volume.below).map_err(ShimError::while_doing(sharing()))?;
         self.mounted.push(target);
         Ok(())
     }
@@ -139,14 +151,25 @@ impl Drop for ContainerFiles {
     }
 }
 
-/// Binds `source`, with all that is mounted below it, to `target`; it never shows there writable if it is not to be.
-fn bind(source: &Path, target: &Path, access: Access) -> io::Result<()> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
-    let tree = open_tree(CWD, source, flags)?;
+/// Binds `source`, with as much of what is mounted below it as is to be seen, to `target`; it never shows there writable if it is not
+/// to be. Nothing that becomes of the copy comes back to the source: an unmount of it would else be one of the host's own mounts
+/// (mount_namespaces(7), "Shared subtrees").
+fn bind(source: &Path, target: &Path, access: Access, below: Below) -> io::Result<()> {
+    let recursive = match below {
+        Below::Nothing => OpenTreeFlags::empty(),
+        Below::Now | Below::Always => OpenTreeFlags::AT_RECURSIVE,
+    };
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = open_tree(CWD, source, flags | recursive)?;
+    let propagation = match below {
+        Below::Always => libc::MS_SLAVE,
+        Below::Nothing | Below::Now => libc::MS_PRIVATE,
+    };
+    set_attributes(&tree, libc::AT_RECURSIVE, 0, propagation)?;
     match access {
         Access::Write => {}
-        Access::Read => set_read_only(&tree, 0)?,
-        Access::ReadAll => set_read_only(&tree, libc::AT_RECURSIVE)?,
+        Access::Read => set_attributes(&tree, 0, libc::MOUNT_ATTR_RDONLY, 0)?,
+        Access::ReadAll => set_attributes(&tree, libc::AT_RECURSIVE, libc::MOUNT_ATTR_RDONLY, 0)?,
     }
     Ok(move_mount(
         tree.as_fd(),
@@ -157,12 +180,13 @@ fn bind(source: &Path, target: &Path, access: Access) -> io::Result<()> {
     )?)
 }
 
-/// Makes a detached tree read-only, with AT_RECURSIVE all its mounts: mount_setattr(2), which neither rustix nor nix has.
-fn set_read_only(tree: &OwnedFd, recursive: libc::c_int) -> io::Result<()> {
+/// Sets attributes and, unless 0, the propagation of a detached tree, with AT_RECURSIVE of all its mounts: mount_setattr(2), which
+/// neither rustix nor nix has.
+fn set_attributes(tree: &OwnedFd, recursive: libc::c_int, set: u64, propagation: libc::c_ulong) -> io::Result<()> {
     let attributes = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_RDONLY,
+        attr_set: set,
         attr_clr: 0,
-        propagation: 0,
+        propagation,
         userns_fd: 0,
     };
     let flags = libc::AT_EMPTY_PATH | recursive;
@@ -184,33 +208,10 @@ fn set_read_only(tree: &OwnedFd, recursive: libc::c_int) -> io::Result<()> {
     }
 }
 
-/// Where something is mounted, as this process sees it.
-pub(crate) fn mount_points() -> Vec<PathBuf> {
-    // Without it nothing can be mounted either.
-    let mounts = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
-    mounts.split(|byte| *byte == b'\n').filter_map(mount_point).collect()
-}
-
-/// The fifth field of a line of mountinfo, in which blanks and backslashes are octal: proc(5).
-fn mount_point(line: &[u8]) -> Option<PathBuf> {
-    let field = line.split(|byte| *byte == b' ').nth(4)?;
-    let mut path = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&byte, after)) = rest.split_first() {
-        let octal = after.get(..3).filter(|_| byte == b'\\');
-        let value = octal.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-        path.push(value.unwrap_or(byte));
-        rest = if value.is_some() { &after[3..] } else { after };
-    }
-    Some(OsString::from_vec(path).into())
-}
-
 /// Whether one of the mount points is below the path, wherever that leads.
-pub(crate) fn is_above(path: &Path, mount_points: &[PathBuf]) -> bool {
+fn is_above(path: &Path, mount_points: &[PathBuf]) -> bool {
     let Ok(path) = path.canonicalize() else { return false };
-    mount_points
-        .iter()
-        .any(|point| *point != path && point.starts_with(&path))
+    mountinfo::below(&path, mount_points).next().is_some()
 }
 
 fn make_directory(path: &Path, mode: u32) -> Result<(), ShimError> {
@@ -259,15 +260,11 @@ mod tests {
 
     #[test]
     fn mounts_are_found_below_a_path_but_not_at_it() {
-        let line = br"36 35 98:0 / /srv/with\040blank/tmpfs rw,noatime master:1 - tmpfs none rw";
-        assert_eq!(mount_point(line), Some("/srv/with blank/tmpfs".into()));
-        assert_eq!(mount_point(b""), None);
         let there = tempfile::tempdir().unwrap();
         let below = there.path().canonicalize().unwrap().join("below");
         std::fs::create_dir(&below).unwrap();
         let points = [PathBuf::from("/"), below.clone()];
         assert!(is_above(there.path(), &points));
         assert!(!is_above(&below, &points));
-        assert!(mount_points().contains(&PathBuf::from("/")));
     }
 }

@@ -9,7 +9,12 @@ use std::{
 
 use anyhow::Context;
 use containerd_shim::{Flags, socket_address};
-use nix::unistd::{dup2_stdin, setsid};
+use coreos_kvm_launcher::mountinfo;
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+    unistd::{dup2_stdin, setsid},
+};
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
@@ -50,6 +55,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
     // A session of its own: whatever is sent to containerd's terminal or process group is not for the pod.
     setsid().context("making a session")?;
     env::set_current_dir("/").context("leaving the bundle")?;
+    have_own_mounts().context("having mounts of its own")?;
     // The machine's processes end with the thread that started them, which therefore is this one.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -58,6 +64,18 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         .build()
         .context("starting the runtime")?;
     runtime.block_on(served(flags, socket))
+}
+
+/// What is mounted for the pod's machine is nobody else's: no unmount on the host finds it busy, and it goes with the last of the pod's
+/// processes, whatever becomes of them. What the host mounts and unmounts still arrives; where it would not, these mounts are on the host.
+fn have_own_mounts() -> anyhow::Result<()> {
+    if !mountinfo::is_shared()? {
+        return Ok(());
+    }
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)?;
+    Ok(())
 }
 
 async fn served(flags: &Flags, socket: StdListener) -> anyhow::Result<()> {

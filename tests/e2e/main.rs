@@ -22,6 +22,7 @@ mod install;
 mod lab;
 mod machine;
 mod many;
+mod mounts;
 mod network;
 mod processes;
 mod size;
@@ -78,6 +79,7 @@ fn on_each(lab: &Arc<Lab>) -> Vec<Trial> {
         machine::trials,
         container::trials,
         exec::trials,
+        mounts::trials,
         network::trials,
         processes::trials,
         events::trials,

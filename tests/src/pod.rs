@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context as _, Result};
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, DnsConfig, ImageSpec, KeyValue, LinuxContainerConfig, LinuxContainerResources,
-    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode,
-    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PortMapping,
+    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, MountPropagation,
+    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PortMapping,
 };
 
 use crate::image;
@@ -160,6 +160,20 @@ impl Container {
             readonly,
             ..Mount::default()
         });
+        self
+    }
+
+    /// Has the last of its mounts show what the node mounts below it later.
+    pub fn follows_the_node(mut self) -> Self {
+        if let Some(mount) = self.config.mounts.last_mut() {
+            mount.propagation = MountPropagation::PropagationHostToContainer.into();
+        }
+        self
+    }
+
+    /// Among the processes of the node.
+    pub fn node_processes(mut self) -> Self {
+        self.namespace_options().pid = NamespaceMode::Node.into();
         self
     }
 

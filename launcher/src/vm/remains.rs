@@ -1,11 +1,7 @@
 //! Ending a machine, and freeing what it holds on the host: by the process that started it, or by any later one, from the
 //! record on disk alone. Every step is tried, whatever became of the others, and each may have been done before.
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{io, path::Path, time::Duration};
 
 use nix::{
     mount::{MntFlags, umount2},
@@ -16,7 +12,7 @@ use tokio::time::{Instant, sleep};
 use crate::{
     cgroup,
     machine::MachineId,
-    netdev, sentence,
+    mountinfo, netdev, sentence,
     state::{CloneMode, Origin, ProcessId, Record, StateDir},
     template::resident,
     user,
@@ -136,13 +132,14 @@ fn unmount_below(folder: &Path) -> io::Result<()> {
         Err(error) => return Err(error),
     };
     for _ in 0..UNMOUNT_ROUNDS {
-        let mut points = mounts_below(&folder, &std::fs::read_to_string("/proc/self/mountinfo")?);
+        let all = mountinfo::mount_points()?;
+        let mut points: Vec<_> = mountinfo::below(&folder, &all).collect();
         if points.is_empty() {
             return Ok(());
         }
         points.sort_by_key(|point| std::cmp::Reverse(point.components().count()));
         for point in points {
-            umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).map_err(|error| {
+            umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).map_err(|error| {
                 io::Error::new(
                     io::Error::from(error).kind(),
                     format!("unmounting {}: {error}", point.display()),
@@ -156,56 +153,9 @@ fn unmount_below(folder: &Path) -> io::Result<()> {
     ))
 }
 
-/// The mount points strictly below `folder`, from proc_pid_mountinfo(5).
-fn mounts_below(folder: &Path, mountinfo: &str) -> Vec<PathBuf> {
-    mountinfo
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(|point| PathBuf::from(unescape(point)))
-        .filter(|point| point.starts_with(folder) && point != folder)
-        .collect()
-}
-
-/// White space and backslashes are written as three octal digits.
-fn unescape(text: &str) -> String {
-    let mut parts = text.split('\\');
-    let mut plain = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        match part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) => {
-                plain.push(char::from(byte));
-                plain += &part[3..];
-            }
-            None => {
-                plain.push('\\');
-                plain += part;
-            }
-        }
-    }
-    plain
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn mounts_are_found_below_the_folder_alone() {
-        let mountinfo = "\
-21 1 0:20 / / rw - tmpfs tmpfs rw
-22 21 0:21 / /run/coreos-kvm/a/shared/c1 rw - overlay overlay rw
-23 21 0:21 / /run/coreos-kvm/a/shared/with\\040space rw - overlay overlay rw
-24 21 0:21 / /run/coreos-kvm/ab/shared rw - overlay overlay rw
-25 21 0:21 / /run/coreos-kvm/a rw - tmpfs tmpfs rw
-";
-        assert_eq!(
-            mounts_below(Path::new("/run/coreos-kvm/a"), mountinfo),
-            [
-                Path::new("/run/coreos-kvm/a/shared/c1"),
-                Path::new("/run/coreos-kvm/a/shared/with space")
-            ]
-        );
-    }
 
     #[tokio::test]
     async fn a_machine_that_never_was_is_destroyed_at_once() {
