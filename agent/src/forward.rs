@@ -20,17 +20,23 @@ pub(crate) async fn serve(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     let Ok(Ok(port)) = timeout(BOUND, stream.read_u16()).await else {
         return tracing::warn!("a connection did not say to which port it is to be forwarded");
     };
-    let Some(connection) = connect(port).await else {
+    let Some(mut connection) = connect(port).await else {
         let _ = stream.write_u8(REFUSED).await;
         let _ = stream.flush().await;
         return;
     };
     let carried = async {
         stream.write_u8(CONNECTED).await?;
-        carry(connection, stream).await
+        carry(&mut connection, &mut stream).await
     };
-    if let Err(error) = carried.await {
-        tracing::debug!(port, %error, "a forwarded connection ended early");
+    match carried.await {
+        // A connection that is closed at once may lose what is still on its way: the host is the one who closes.
+        Ok(()) => drop(timeout(BOUND, stream.read(&mut [0])).await),
+        Err(error) => {
+            tracing::debug!(port, %error, "a forwarded connection ended early");
+            // The server is not to take what it has for all there was.
+            let _ = connection.set_zero_linger();
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 use std::{
     fs::File,
     io,
-    net::{Ipv6Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -82,8 +82,12 @@ fn take(path: &Path) -> Result<(TcpListener, OwnedFd), LoopbackError> {
     let file = File::open(path).map_err(namespace)?;
     setns(file.as_fd(), CloneFlags::CLONE_NEWNET).map_err(|error| namespace(error.into()))?;
     // It takes both families. The port that it is at itself does not matter.
-    let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0));
-    let listener = TcpListener::bind(any).map_err(LoopbackError::Listen)?;
+    let any = [
+        SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+        // Of a kernel without IPv6.
+        SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+    ];
+    let listener = TcpListener::bind(any.as_slice()).map_err(LoopbackError::Listen)?;
     listener.set_nonblocking(true).map_err(LoopbackError::Listen)?;
     let attached = bpf::give_loopback_to(listener.as_fd(), file.as_fd()).map_err(LoopbackError::Bpf)?;
     Ok((listener, attached))

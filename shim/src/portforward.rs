@@ -1,16 +1,15 @@
 //! Port-forward: containerd connects to the loopback of the pod's network namespace, and the connection goes on to the guest's.
 
-use std::{io, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use coreos_kvm_launcher::loopback::{Loopback, LoopbackError};
 use coreos_kvm_proto::carry::carry;
-use nix::sys::socket::{setsockopt, sockopt::Linger};
 use tokio::{net::TcpStream, task::JoinSet, time::Duration};
 
 use crate::hypervisor::RunningMachine;
 
-/// At a time; what goes beyond is closed at once.
-const CONNECTIONS_MAX: usize = 256;
+/// At a time; what goes beyond is closed at once. A clone has one way for all connections, which execs and logs go by as well.
+const CONNECTIONS_MAX: usize = 64;
 /// Pause after a connection that could not be taken: most often this process has too many files open.
 const AGAIN: Duration = Duration::from_millis(100);
 
@@ -40,7 +39,10 @@ async fn serve(machine: &Arc<dyn RunningMachine>, loopback: &Loopback) {
             Ok((connection, port)) if connections.len() < CONNECTIONS_MAX => {
                 connections.spawn(forward(machine.clone(), connection, port));
             }
-            Ok((_, port)) => tracing::warn!(port, "too many connections to the pod's loopback: one is closed"),
+            Ok((connection, port)) => {
+                tracing::warn!(port, "too many connections to the pod's loopback: one is closed");
+                reset(connection);
+            }
             Err(error) => {
                 tracing::warn!(%error, "a connection to the pod's loopback could not be taken");
                 tokio::time::sleep(AGAIN).await;
@@ -49,26 +51,22 @@ async fn serve(machine: &Arc<dyn RunningMachine>, loopback: &Loopback) {
     }
 }
 
-async fn forward(machine: Arc<dyn RunningMachine>, connection: TcpStream, port: u16) {
-    let stream = match machine.agent().forward(port).await {
-        Ok(stream) => stream,
-        Err(error) => {
-            tracing::debug!(port, %error, "a connection to the pod's loopback leads nowhere");
-            return reset(&connection).unwrap_or_default();
-        }
+async fn forward(machine: Arc<dyn RunningMachine>, mut connection: TcpStream, port: u16) {
+    let carried = async {
+        let mut stream = machine.agent().forward(port).await?;
+        // What is said in small pieces is to arrive in time.
+        let _ = connection.set_nodelay(true);
+        carry(&mut connection, &mut stream).await
     };
-    // What is said in small pieces is to arrive in time.
-    let _ = connection.set_nodelay(true);
-    if let Err(error) = carry(connection, stream).await {
-        tracing::debug!(port, %error, "a forwarded connection ended early");
+    if let Err(error) = carried.await {
+        tracing::debug!(port, %error, "a connection to the pod's loopback ends early, or leads nowhere");
+        reset(connection);
     }
 }
 
-/// Has the connection end in a way that is no answer: socket(7), SO_LINGER.
-fn reset(connection: &TcpStream) -> io::Result<()> {
-    let linger = libc::linger {
-        l_onoff: 1,
-        l_linger: 0,
-    };
-    Ok(setsockopt(connection, Linger, &linger)?)
+/// Has the connection end in a way that is not taken for its good end.
+fn reset(connection: TcpStream) {
+    // Then it is a plain end.
+    let _ = connection.set_zero_linger();
+    drop(connection);
 }

@@ -1,5 +1,5 @@
 //! The BPF program that gives the connections to a namespace's loopback to one socket, by bpf(2) itself: it is too small for a
-//! compiler and a loader.
+//! compiler and a loader. The numbers in it are little-endian, as the processors are that QEMU is started for.
 
 use std::{
     io,
