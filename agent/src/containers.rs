@@ -33,7 +33,6 @@ use crate::{
     process::Process,
     reaper::{Exit, ExitWatch, Reaper},
     runtime::{self, ConsoleSocket, Order, Target, zygote::Zygote},
-    share,
 };
 
 type Key = (String, String);
@@ -106,8 +105,10 @@ impl Containers {
         let process = self.insert(id, "", streams)?;
         let result = self.create_with(id, spec, &process, processes).await;
         if result.is_err() {
+            if let Err(error) = self.unmake(id).await {
+                tracing::warn!(container_id = id, %error, "something stays of a container that could not be made");
+            }
             self.remove(id, "");
-            remove_files(id);
         }
         result
     }
@@ -305,17 +306,21 @@ impl Containers {
             return Err(AgentError::FailedPrecondition("the process still runs".to_owned()));
         }
         if exec_id.is_empty() {
-            let order = Order::Delete {
-                id: container_id.to_owned(),
-            };
-            runtime::run(&self.zygote, &order, None, None).await?;
-            remove_files(container_id);
+            self.unmake(container_id).await?;
         } else if let Ok(path) = prepared(container_id, exec_id) {
             let _ = std::fs::remove_file(path);
         }
         process.forgotten().cancel();
         self.remove(container_id, exec_id);
         Ok(process.exit().unwrap_or_else(|| Exit::now(0)))
+    }
+
+    /// Removes what there is of a container.
+    async fn unmake(&self, id: &str) -> Result<(), AgentError> {
+        let order = Order::Delete { id: id.to_owned() };
+        runtime::run(&self.zygote, &order, None, None).await?;
+        remove_files(id);
+        Ok(())
     }
 
     /// Processes of a container, as pids of the guest.
@@ -451,9 +456,6 @@ fn write_secret(path: &Path, bytes: &[u8]) -> Result<(), AgentError> {
 }
 
 fn remove_files(id: &str) {
-    if let Err(error) = share::let_go(id) {
-        tracing::warn!(container_id = id, %error, "a container's files stay mounted");
-    }
     for path in [
         Path::new(runtime::ROOT).join(BUNDLES).join(id),
         runtime::records().join(id),

@@ -105,7 +105,7 @@ pub(crate) async fn run(
 ) -> Result<Pid, AgentError> {
     let (report, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
         .map_err(AgentError::failed("making a pipe for the runtime failed"))?;
-    let joins = matches!(target, Some(Target::Container { .. }));
+    let executes = matches!(order, Order::Hold | Order::Join { .. });
     let mut descriptors = vec![theirs];
     descriptors.extend(
         stdio
@@ -126,8 +126,9 @@ pub(crate) async fn run(
         super::process::receiver(report).map_err(AgentError::failed("reading the runtime's report failed"))?;
     let mut text = Vec::new();
     let read = async {
-        // A further process holds the pipe until it executes its program. A container's init holds it as well, and waits.
-        while joins || !is_complete(&text) {
+        // A further process holds the pipe until it executes its program, and a namespace's first until it is what it is to be. A
+        // container's init holds it as well, and waits.
+        while executes || !is_complete(&text) {
             if text.len() > 4 * REPORT_MAX || report.read_buf(&mut text).await? == 0 {
                 break;
             }

@@ -3,11 +3,12 @@
 //! neither (linux/fuse.h).
 
 use std::{
+    ffi::OsStr,
     fs::{DirBuilder, File},
     io::{self, Read as _, Write as _},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
-        unix::fs::DirBuilderExt,
+        unix::{ffi::OsStrExt as _, fs::DirBuilderExt},
     },
     path::Path,
     sync::{
@@ -23,7 +24,6 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
-use procfs::process::Process;
 use tokio::time::{Instant, sleep};
 
 use crate::{error::AgentError, last_words, serial};
@@ -124,18 +124,26 @@ impl Share {
 }
 
 /// Lets go of what the kernel has mounted by itself below the directory for a container: each file system of the host is a mount there, which
-/// the host cannot free as long as the guest has it, and which costs time when the guest powers off.
+/// the host cannot free as long as the guest has it, and which costs time when the guest powers off. Whoever serves the files may not
+/// answer: this is nothing for a process that others wait for. Where nothing is mounted, nobody is asked.
 pub(crate) fn let_go(container_id: &str) -> io::Result<()> {
     let folder = Path::new(SHARED_MOUNT).join(container_id);
-    let mounts = Process::myself()
-        .and_then(|own| own.mountinfo())
-        .map_err(io::Error::other)?;
-    let below = |point: &Path| point != folder && point.starts_with(&folder);
-    // What was mounted last is on top.
-    for mount in mounts.iter().rev().filter(|mount| below(&mount.mount_point)) {
-        umount2(&mount.mount_point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
+    let mounts = std::fs::read("/proc/self/mountinfo")?;
+    let lines = mounts.split(|byte| *byte == b'\n');
+    // White space is escaped in it (proc_pid_mountinfo(5)), which there is none of in the names that the host gives.
+    let points = lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
+    let mut result = Ok(());
+    for point in points.map(|point| Path::new(OsStr::from_bytes(point))) {
+        if !point.starts_with(&folder) {
+            continue;
+        }
+        match umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            // It has gone with the one that it was below.
+            Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
+            Err(error) => result = result.and(Err(error.into())),
+        }
     }
-    Ok(())
+    result
 }
 
 fn make_mount_point() -> io::Result<()> {

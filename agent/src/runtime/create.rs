@@ -18,7 +18,7 @@ use super::{
     adapt::{adapt, enter_processes},
     chain, records,
 };
-use crate::workdir;
+use crate::{share, workdir};
 
 /// Makes the container with its init, which then waits; answers the init's pid. What libcontainer has to say about errors goes
 /// to `report`, from all its processes.
@@ -76,14 +76,14 @@ pub(super) fn start(id: &str) -> Result<i32, String> {
     Ok(container.pid().map_or(0, |pid| pid.as_raw()))
 }
 
-/// Ends what is left of the container and removes its cgroup and its record.
+/// Ends what is left of the container and removes its cgroup, its record and its mounts.
 pub(super) fn delete(id: &str) -> Result<i32, String> {
     let record = records().join(id);
-    if !record.exists() {
-        return Ok(0);
+    if record.exists() {
+        let mut container = Container::load(record).map_err(|error| chain(&error))?;
+        container.delete(true).map_err(|error| chain(&error))?;
     }
-    let mut container = Container::load(record).map_err(|error| chain(&error))?;
-    container.delete(true).map_err(|error| chain(&error))?;
+    share::let_go(id).map_err(|error| format!("its files stay mounted: {error}"))?;
     Ok(0)
 }
 
