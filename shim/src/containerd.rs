@@ -76,14 +76,14 @@ impl Containerd {
         metadata.map_or_else(|| Ok(Vec::new()), |metadata| ports_of(&metadata))
     }
 
-    /// The container whose process namespace the container `id` is to be in; None where it is that of the pod.
+    /// In whose process namespace the container `id` is to be, which has none of its own.
     ///
     /// # Errors
     /// When containerd does not answer within 5 s, or what it says cannot be read.
-    pub(crate) async fn target(&self, id: &str) -> Result<Option<String>, ShimError> {
+    pub(crate) async fn shared_processes(&self, id: &str) -> Result<SharedProcesses, ShimError> {
         const ASKING: &str = "asking containerd whose processes the container is to see";
         let metadata = self.extension(id, CONTAINER_METADATA, ASKING).await?;
-        metadata.map_or(Ok(None), |metadata| target_of(&metadata))
+        metadata.map_or(Ok(SharedProcesses::Pod), |metadata| shared_processes(&metadata))
     }
 
     /// What the CRI plugin has written down with a container.
@@ -103,6 +103,15 @@ impl Containerd {
             .await
             .unwrap_or_else(|_| Err(ShimError::Internal(format!("{asking} takes too long"))))
     }
+}
+
+/// Whose processes a container sees beside its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum SharedProcesses {
+    Pod,
+    Node,
+    /// That of this id, which it is to debug.
+    Container(String),
 }
 
 /// An extension: the plugin's metadata of a sandbox or a container with the configuration that it was made by.
@@ -129,8 +138,9 @@ fn ports_of(metadata: &[u8]) -> Result<Vec<Port>, ShimError> {
     Ok(extension.metadata.config.port_mappings)
 }
 
-fn target_of(metadata: &[u8]) -> Result<Option<String>, ShimError> {
-    /// `NamespaceMode` of the CRI.
+fn shared_processes(metadata: &[u8]) -> Result<SharedProcesses, ShimError> {
+    // `NamespaceMode` of the CRI.
+    const NODE: u32 = 2;
     const TARGET: u32 = 3;
     #[derive(Default, Deserialize)]
     #[serde(default)]
@@ -156,7 +166,11 @@ fn target_of(metadata: &[u8]) -> Result<Option<String>, ShimError> {
     let extension: Extension<ContainerConfig> =
         serde_json::from_slice(metadata).map_err(ShimError::while_doing("reading the container's configuration"))?;
     let options = extension.metadata.config.linux.security_context.namespace_options;
-    Ok((options.pid == TARGET).then_some(options.target_id))
+    Ok(match options.pid {
+        NODE => SharedProcesses::Node,
+        TARGET => SharedProcesses::Container(options.target_id),
+        _ => SharedProcesses::Pod,
+    })
 }
 
 #[cfg(test)]
@@ -184,19 +198,23 @@ mod tests {
     }
 
     #[test]
-    fn the_container_to_debug_is_read_from_the_containers_metadata() {
+    fn whose_processes_a_container_sees_is_read_from_its_metadata() {
         let metadata = |options: &str| {
             let text = format!(
                 r#"{{"Version": "v1", "Metadata": {{"ID": "abc", "Config": {{
                     "metadata": {{"name": "debugger"}}, "linux": {{"security_context": {{{options}}}}}
                 }}}}}}"#
             );
-            target_of(text.as_bytes()).unwrap()
+            shared_processes(text.as_bytes()).unwrap()
         };
         let target = metadata(r#""namespace_options": {"pid": 3, "target_id": "def"}"#);
-        assert_eq!(target.as_deref(), Some("def"));
-        assert_eq!(metadata(r#""namespace_options": {"network": 2}"#), None);
-        assert_eq!(metadata(""), None);
-        assert_eq!(target_of(br#"{"Metadata": {"Config": {}}}"#).unwrap(), None);
+        assert_eq!(target, SharedProcesses::Container("def".to_owned()));
+        assert_eq!(metadata(r#""namespace_options": {"pid": 2}"#), SharedProcesses::Node);
+        assert_eq!(metadata(r#""namespace_options": {"network": 2}"#), SharedProcesses::Pod);
+        assert_eq!(metadata(""), SharedProcesses::Pod);
+        assert_eq!(
+            shared_processes(br#"{"Metadata": {"Config": {}}}"#).unwrap(),
+            SharedProcesses::Pod
+        );
     }
 }

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     bundle,
     container::{Container, Wanted},
-    containerd::{self, Containerd},
+    containerd::{self, Containerd, SharedProcesses},
     error::{ShimError, sentence},
     events::Events,
     guestspec,
@@ -142,11 +142,18 @@ impl Pod {
                 "containers cannot be restored from checkpoints yet".to_owned(),
             ));
         }
-        let spec = bundle::spec(Path::new(&request.bundle))?;
+        let mut spec = bundle::spec(Path::new(&request.bundle))?;
         let role = podspec::role(&spec);
         let processes = match (guestspec::shares_processes(&spec), role) {
             (false, _) => Processes::Own,
-            (true, Role::Member) => self.processes(&request.id).await?,
+            (true, Role::Member) => match self.shared_processes(&request.id).await? {
+                SharedProcesses::Pod => Processes::Pod,
+                SharedProcesses::Container(id) => Processes::Container(id),
+                SharedProcesses::Node => {
+                    guestspec::see_all_processes(&mut spec);
+                    Processes::Own
+                }
+            },
             (true, Role::Sandbox | Role::Alone) => {
                 return Err(ShimError::InvalidArgument(
                     "a process namespace of the host cannot be entered from a machine".to_owned(),
@@ -265,15 +272,12 @@ impl Pod {
         }
     }
 
-    /// Whose process namespace a container is in that has none of its own: the pod's, or that of the container it is to debug.
-    async fn processes(&self, id: &str) -> Result<Processes, ShimError> {
-        let Some(containerd) = &self.containerd else {
-            return Ok(Processes::Pod);
-        };
-        Ok(match containerd.target(id).await? {
-            Some(target) => Processes::Container(target),
-            None => Processes::Pod,
-        })
+    /// Whose process namespace a container is in that has none of its own.
+    async fn shared_processes(&self, id: &str) -> Result<SharedProcesses, ShimError> {
+        match &self.containerd {
+            Some(containerd) => containerd.shared_processes(id).await,
+            None => Ok(SharedProcesses::Pod),
+        }
     }
 
     async fn give_up(&self, machine: &Arc<dyn RunningMachine>) {

@@ -22,6 +22,7 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
             "the first of shared processes has nothing to look into, and leaves no zombies",
             first,
         ),
+        lab.trial("a container among the node's processes sees the guest's", of_the_guest),
         lab.trial("a container that shares its processes ends with all of them", all_end),
         lab.trial("a container that debugs another sees its processes alone", debugged),
     ]
@@ -45,6 +46,13 @@ fn shared(lab: &Together<'_>) -> Result<()> {
     lab.stop(&one.id, Duration::from_secs(20))?;
     ensure!(lab.status(&one.id)?.exit_code == 128 + 15);
     ensure!(sees(lab, &two.id, "sleep 2222222")?);
+    Ok(())
+}
+
+fn of_the_guest(lab: &Together<'_>) -> Result<()> {
+    let container = lab.running(&Container::script("of-the-node", "sleep 7777777; :").node_processes())?;
+    let first = lab.exec(&container.id, &["cat", "/proc/1/comm"])?.stdout;
+    ensure!(first.trim() == "systemd", "the first process is {first:?}");
     Ok(())
 }
 
