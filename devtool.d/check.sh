@@ -8,6 +8,7 @@ readonly cargo_deny_version=0.20.2
 test_everything() {
   need_root test
   setup_everything
+  [ $# -ne 0 ] || setup_conformance
   build_everything
   mkdir -p "$logs"
   local outcome=$logs/test-outcome.log failed=0
@@ -20,6 +21,10 @@ test_everything() {
   cargo test --locked -p kubeception-tests --test e2e -- "$@" 2>&1 | tee -a "$outcome" || failed=1
   say "end-to-end tests on machines that boot"
   cargo test --locked -p kubeception-tests --test e2e -- --boot "$@" 2>&1 | tee -a "$outcome" || failed=1
+  if [ $# -eq 0 ]; then
+    say "conformance"
+    "$built/debug/kubeception-conformance" 2>&1 | tee -a "$outcome" || failed=1
+  fi
   summary "$outcome" "$failed"
 }
 

@@ -2,16 +2,20 @@
 # The conformance suite of the Container Runtime Interface: critest and what it needs.
 : "${here:?}" "${cache:?}" "${built:?}" "${mirror_advice:?}" # from devtool and setup.sh; step and its kin from step.sh
 
-# conformance [--containerd VERSION] [--write] [--focus REGEX]
+# conformance [--containerd VERSION] [--write] [--focus REGEX] [--only RUNTIME]
 conformance() {
   need_root conformance
   setup_everything
-  step "critest" "$(key_of "$here"/tests/critest/go.*)" \
-    "$mirror_advice; the Go modules come from GOPROXY ('go help goproxy')." setup_critest
-  step "registry" "$(key_of "$here/devtool.d/conformance.sh")" "$mirror_advice" setup_registry
+  setup_conformance
   build_everything
   say "conformance"
   exec "$built/debug/kubeception-conformance" "$@"
+}
+
+setup_conformance() {
+  step "critest" "$(key_of "$here"/tests/critest/go.*)" \
+    "$mirror_advice; the Go modules come from GOPROXY ('go help goproxy')." setup_critest
+  step "registry" "$(key_of "$here/devtool.d/conformance.sh")" "$mirror_advice" setup_registry
 }
 
 # critest and crictl, into $cache/tools/go/bin. critest is a test of its module.

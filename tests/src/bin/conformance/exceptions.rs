@@ -1,9 +1,13 @@
-//! The specs that a machine cannot pass although containers on the node's kernel do, each with the reason.
+//! The specs that a machine cannot pass although containers on the node's kernel do, and those that not even these pass on some containerd, each
+//! with the reason.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
+
+/// Before a containerd's version, and that before the name of a spec that runc fails on it.
+pub(crate) const OF_CONTAINERD: &str = "containerd ";
 
 /// Reasons by the specs' names.
 pub(crate) type Exceptions = BTreeMap<String, String>;

@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 use kubeception_tests::artifacts;
 
-use crate::exceptions::Exceptions;
+use crate::exceptions::{Exceptions, OF_CONTAINERD};
 use crate::suite::{BY_DIGEST, Outcome};
 use crate::table::{Found, Verdict};
 
@@ -38,12 +38,17 @@ the image's digest is a constant of critest.
 ",
         versions()?
     );
-    // Writing to a String cannot fail.
-    if !exceptions.is_empty() {
-        let _ = writeln!(text, "\n## What a machine cannot\n");
-    }
-    for (spec, reason) in exceptions {
-        let _ = writeln!(text, "- **{spec}**: {reason}");
+    let (beyond_runc, beyond_machines): (Vec<_>, Vec<_>) =
+        exceptions.iter().partition(|(spec, _)| spec.starts_with(OF_CONTAINERD));
+    for (title, exceptions) in [
+        ("What a machine cannot", beyond_machines),
+        ("What no runtime can", beyond_runc),
+    ] {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "\n## {title}\n");
+        for (spec, reason) in exceptions {
+            let _ = writeln!(text, "- **{spec}**: {reason}");
+        }
     }
     for found in all {
         let _ = writeln!(text, "\n## containerd {}\n", found.containerd.version());

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use kubeception_tests::artifacts::Containerd;
 use kubeception_tests::cri::{COREOS_KVM, RUNC};
 
-use crate::exceptions::Exceptions;
+use crate::exceptions::{Exceptions, OF_CONTAINERD};
 use crate::suite::{Outcome, Outcomes};
 
 /// What one containerd was found to do.
@@ -25,6 +25,8 @@ pub(crate) struct Row<'a> {
     pub(crate) coreos_kvm: Option<&'a Outcome>,
     /// Why a machine cannot.
     reason: Option<&'a str>,
+    /// Why not even runc can, on this containerd.
+    beyond_runc: Option<&'a str>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +38,8 @@ pub(crate) enum Verdict {
     Excepted,
     /// It is in that list, and passes.
     NoException,
+    /// runc fails it, which it is not known to: what is wrong is the run, and there is no bar.
+    NoBar,
     /// Neither passes it.
     Neither,
 }
@@ -43,6 +47,7 @@ pub(crate) enum Verdict {
 impl Row<'_> {
     pub(crate) fn verdict(&self) -> Verdict {
         match (self.runc, self.coreos_kvm, self.reason) {
+            (Some(Outcome::Failed(_)), _, _) if self.beyond_runc.is_none() => Verdict::NoBar,
             (_, Some(Outcome::Passed), None) => Verdict::Passed,
             (_, Some(Outcome::Passed), Some(_)) => Verdict::NoException,
             (Some(Outcome::Passed), _, None) => Verdict::Behind,
@@ -62,6 +67,9 @@ impl Found {
                 runc: self.runc.get(spec),
                 coreos_kvm: self.coreos_kvm.get(spec),
                 reason: exceptions.get(spec).map(String::as_str),
+                beyond_runc: exceptions
+                    .get(&format!("{OF_CONTAINERD}{}: {spec}", self.containerd.version()))
+                    .map(String::as_str),
             })
             .collect()
     }
@@ -74,7 +82,18 @@ impl Found {
         };
         (
             count(&[Verdict::Passed]),
-            count(&[Verdict::Behind, Verdict::NoException]),
+            count(&[Verdict::Behind, Verdict::NoException, Verdict::NoBar]),
+        )
+    }
+
+    /// Specs that passed and that failed, where only one runtime was run.
+    pub(crate) fn own_counts(&self) -> (usize, usize) {
+        let outcomes = || self.runc.values().chain(self.coreos_kvm.values());
+        (
+            outcomes().filter(|outcome| **outcome == Outcome::Passed).count(),
+            outcomes()
+                .filter(|outcome| matches!(outcome, Outcome::Failed(_)))
+                .count(),
         )
     }
 
@@ -106,6 +125,7 @@ impl Found {
             let mark = match row.verdict() {
                 Verdict::Behind => "  <- runc passes it",
                 Verdict::NoException => "  <- it is no exception any longer",
+                Verdict::NoBar => "  <- runc fails it, so there is no bar",
                 Verdict::Excepted => "  (an exception)",
                 Verdict::Passed | Verdict::Neither => "",
             };
@@ -146,12 +166,16 @@ mod tests {
     use super::*;
 
     fn verdict(runc: Outcome, coreos_kvm: Outcome, excepted: bool) -> Verdict {
+        verdict_with(runc, coreos_kvm, excepted.then_some("spec"))
+    }
+
+    fn verdict_with(runc: Outcome, coreos_kvm: Outcome, exception: Option<&str>) -> Verdict {
         let found = Found {
             containerd: Containerd::V2_1,
             runc: Outcomes::from([("spec".to_owned(), runc)]),
             coreos_kvm: Outcomes::from([("spec".to_owned(), coreos_kvm)]),
         };
-        let exceptions = excepted.then(|| ("spec".to_owned(), "why".to_owned()));
+        let exceptions = exception.map(|spec| (spec.to_owned(), "why".to_owned()));
         found.rows(&exceptions.into_iter().collect())[0].verdict()
     }
 
@@ -162,9 +186,18 @@ mod tests {
         assert_eq!(verdict(Outcome::Passed, Outcome::Passed, false), Verdict::Passed);
         assert_eq!(verdict(Outcome::Passed, failed(), false), Verdict::Behind);
         assert_eq!(verdict(Outcome::Passed, skipped(), false), Verdict::Behind);
-        assert_eq!(verdict(failed(), failed(), false), Verdict::Neither);
         assert_eq!(verdict(skipped(), skipped(), false), Verdict::Neither);
         assert_eq!(verdict(Outcome::Passed, failed(), true), Verdict::Excepted);
+    }
+
+    #[test]
+    fn what_runc_fails_is_known_or_there_is_no_bar() {
+        let failed = || Outcome::Failed("so".to_owned());
+        let known = format!("containerd {}: spec", Containerd::V2_1.version());
+        assert_eq!(verdict(failed(), Outcome::Passed, false), Verdict::NoBar);
+        assert_eq!(verdict(failed(), failed(), true), Verdict::NoBar);
+        assert_eq!(verdict_with(failed(), failed(), Some(&known)), Verdict::Neither);
+        assert_eq!(verdict_with(failed(), Outcome::Passed, Some(&known)), Verdict::Passed);
     }
 
     #[test]
