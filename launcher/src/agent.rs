@@ -25,6 +25,9 @@ pub use stream::{StreamReader, StreamWriter};
 const SHORT: Duration = Duration::from_secs(10);
 /// Calls that make something: a container's first start reads its program through virtiofs.
 const LONG: Duration = Duration::from_secs(60);
+/// How much later than here a call's time is over at the agent, and with the client's own clock. It must not be first: the client
+/// would not tell a late answer from a lost connection.
+const LATER: Duration = Duration::from_secs(1);
 /// Longest text of the guest that goes into an error, in bytes.
 const TEXT_MAX: usize = 1024;
 
@@ -368,7 +371,7 @@ impl AgentClient {
         let begin = Instant::now();
         let rpc = self.connect(what).await?;
         // The deadline goes to the agent as well, but it is not the agent who is trusted to keep it.
-        let answer = tokio::time::timeout(deadline, call(rpc, with_duration(deadline))).await;
+        let answer = tokio::time::timeout(deadline, call(rpc, with_duration(deadline + LATER))).await;
         tracing::debug!(took = ?begin.elapsed(), "the agent was asked to {what}");
         match answer {
             Ok(Ok(answer)) => Ok(answer),

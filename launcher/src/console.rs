@@ -57,7 +57,7 @@ impl Console {
         let seen = tail.clone();
         let reader = tokio::spawn(async move {
             if let Err(error) = copy(source, &mut writer, &seen, watcher).await {
-                tracing::warn!(%error, log = %writer.path.display(), "the guest's console is no longer recorded");
+                tracing::warn!(%error, log = %writer.path.display(), "the guest's console is no longer read");
             }
         });
         Ok(Self { tail, reader })
@@ -99,7 +99,7 @@ async fn copy(
             // A watcher that is slow, or has gone, must not hold up the guest.
             let _ = watcher.try_send(buffer[..count].to_vec());
         }
-        log.write(&buffer[..count])?;
+        log.keep(&buffer[..count]);
 
         if second.elapsed() >= Duration::from_secs(1) {
             (second, printed) = (Instant::now(), 0);
@@ -118,6 +118,8 @@ struct Log {
     written: u64,
     first: File,
     first_written: u64,
+    /// Something could not be written, as on a full disk.
+    incomplete: bool,
 }
 
 impl Log {
@@ -127,8 +129,18 @@ impl Log {
             written: 0,
             first: create(&path.with_extension("first"))?,
             first_written: 0,
+            incomplete: false,
             path: path.to_owned(),
         })
+    }
+
+    /// Writes what can be written. For the rest the guest does not have to wait, nor the last lines: only the files lack it.
+    fn keep(&mut self, bytes: &[u8]) {
+        if let Err(error) = self.write(bytes)
+            && !std::mem::replace(&mut self.incomplete, true)
+        {
+            tracing::warn!(%error, log = %self.path.display(), "what the guest prints is not recorded in full");
+        }
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {

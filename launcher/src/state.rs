@@ -295,7 +295,7 @@ impl StateDir {
     }
 }
 
-/// Writes JSON beside `path` and renames it there, readable by root alone.
+/// Writes JSON beside `path` and renames it there, readable by root alone. Where there is no room for it nothing is left.
 pub(crate) fn write_atomically(path: &Path, value: &impl Serialize) -> Result<(), StateError> {
     let new = path.with_extension("new");
     let write = || {
@@ -308,7 +308,10 @@ pub(crate) fn write_atomically(path: &Path, value: &impl Serialize) -> Result<()
         file.write_all(&serde_json::to_vec(value)?)?;
         std::fs::rename(&new, path)
     };
-    write().map_err(StateError::io("writing", path))
+    write().map_err(|error| {
+        let _ = std::fs::remove_file(&new);
+        StateError::io("writing", path)(error)
+    })
 }
 
 pub(crate) fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {

@@ -64,9 +64,14 @@ pub fn allocate(state_dir: &Path, first: u32, count: u32, id: &MachineId) -> Res
             .mode(0o600)
             .open(&path)
             .map_err(UserError::io("making the file", &path))?;
-        file.write_all(id.as_str().as_bytes())
-            .map_err(UserError::io("writing the file", &path))?;
-        return Ok(uid);
+        return match file.write_all(id.as_str().as_bytes()) {
+            Ok(()) => Ok(uid),
+            Err(error) => {
+                // Without a name in it, it would be taken for ever.
+                let _ = fs::remove_file(&path);
+                Err(UserError::io("writing the file", &path)(error))
+            }
+        };
     }
     Err(UserError::Exhausted { first, count })
 }

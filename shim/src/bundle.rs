@@ -51,7 +51,11 @@ impl Record {
                 .open(&path)?;
             Ok(serde_json::to_writer(file, self)?)
         };
-        write().map_err(ShimError::while_doing(format!("writing {}", path.display())))
+        write().map_err(|error| {
+            // Half of it is no record, and there is no machine yet that one would have to name.
+            let _ = std::fs::remove_file(&path);
+            ShimError::while_doing(format!("writing {}", path.display()))(error)
+        })
     }
 
     /// Ends the machine, if it is still there, and frees what it held.

@@ -4,44 +4,112 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use coreos_kvm_launcher::vsock::{self, VsockKind};
 use k8s_cri::v1::{ContainerState, PodSandboxState};
-use kubeception_tests::cri::{COREOS_KVM, Cri, read_log, wait_for_log};
+use kubeception_tests::cri::{COREOS_KVM, Cri, message, read_log, wait_for_log};
 use kubeception_tests::image::BUSYBOX;
 use kubeception_tests::leftovers::{Process, Snapshot, expect_nothing_left, processes};
+use kubeception_tests::node::Node;
 use kubeception_tests::pod::{Container, Pod};
+use kubeception_tests::stream::Session;
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 
 use crate::lab::{Alone, Lab, OwnPod, Start, eventually, expect_start, in_guest};
 
 const BOUND: Duration = Duration::from_secs(30);
+/// How long it may take until a pod's status tells that its machine is of no use any more.
+const TOLD: Duration = Duration::from_secs(5);
+/// How long a guest may take to end all that runs in it when it powers off.
+const POWER_OFF: Duration = Duration::from_secs(60);
+/// How long a call may last that waits for a guest which does nothing any more, and so for the end of the call's own time.
+const UNANSWERED: Duration = Duration::from_secs(15);
 const SHIM: &str = "containerd-shim-coreos-kvm";
+const QEMU: &str = "qemu-system";
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     vec![
-        lab.trial_alone("containerd's restart loses nothing", restart),
+        lab.trial_alone("containerd's restart loses nothing", |lab| {
+            goes_on(lab, Node::restart_containerd)
+        }),
         lab.trial_alone(
             "QEMU killed: its containers end with 137 at once, nothing is left",
-            |lab| killed(lab, &["qemu-system"], Duration::from_secs(5)),
+            |lab| ends(lab, TOLD, |_, victim| victim.signal(QEMU, Signal::SIGKILL)),
         ),
     ]
 }
 
 /// Those that need a machine each, on one containerd.
 pub(crate) fn further_trials(lab: &Arc<Lab>) -> Vec<Trial> {
-    vec![
+    let mut trials = vec![
+        lab.trial_alone("containerd killed: nothing is lost", |lab| {
+            goes_on(lab, Node::crash_containerd)
+        }),
         lab.trial_alone("the shim killed: the machine ends with it, nothing is left", |lab| {
-            killed(lab, &[SHIM], Duration::from_secs(10))
+            ends(lab, TOLD, |_, victim| victim.signal(SHIM, Signal::SIGKILL))
         }),
         lab.trial_alone(
-            "what serves the pod's files killed: its containers end, nothing is left",
-            |lab| killed(lab, &[file_server(lab.machine_start())], BOUND),
+            "what serves the pod's files killed: its containers end with 137, nothing is left",
+            |lab| {
+                ends(lab, TOLD, |lab, victim| {
+                    victim.signal(file_server(lab.machine_start()), Signal::SIGKILL)
+                })
+            },
         ),
         lab.trial_alone(
-            "the guest powered off: its containers end, nothing is left",
-            powered_off,
+            "the agent killed: its containers end with 137, nothing is left",
+            |lab| {
+                ends(lab, TOLD, |lab, victim| {
+                    let agent = "$(systemctl show --property=MainPID --value coreos-kvm-agent.service)";
+                    victim.last_words(lab, &format!("kill -9 {agent}"));
+                    Ok(())
+                })
+            },
         ),
-    ]
+        lab.trial_alone(
+            "the guest's kernel panicked: its containers end with 137, nothing is left",
+            |lab| {
+                ends(lab, TOLD, |lab, victim| {
+                    victim.last_words(lab, "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger");
+                    Ok(())
+                })
+            },
+        ),
+        lab.trial_alone("the guest powered off: its containers end, nothing is left", |lab| {
+            ends(lab, POWER_OFF, |lab, victim| {
+                victim.last_words(lab, "systemctl poweroff");
+                Ok(())
+            })
+        }),
+        lab.trial_alone(
+            "the machine frozen: calls end in time, and the pod is stopped and removed",
+            frozen,
+        ),
+    ];
+    // Clones may have no such device, and where the kernel has it there is no process.
+    if lab.start == Start::Boot && vsock::kind() == VsockKind::VhostUser {
+        trials.push(lab.trial_alone(
+            "the vsock device killed: its containers end with 137, nothing is left",
+            |lab| {
+                ends(lab, TOLD, |_, victim| {
+                    victim.signal("vhost-device-vsock", Signal::SIGKILL)
+                })
+            },
+        ));
+    }
+    trials
+}
+
+/// What there is before a pod of a trial's own. A node's first pod and first container make what stays, such as the bridge.
+fn snapshot(lab: &Alone<'_>) -> Result<Snapshot> {
+    let shared = lab.shared()?;
+    let container = lab.cri.create(&shared.id, &idle(), &shared.pod)?;
+    lab.cri.remove(&container)?;
+    Snapshot::take(&lab.node)
+}
+
+fn idle() -> Container {
+    Container::new("idle", BUSYBOX).command(&["sleep", "2147483647"])
 }
 
 /// A pod with one container, and the processes it brought.
@@ -55,8 +123,7 @@ fn victim<'a>(lab: &Alone<'a>) -> Result<Victim<'a>> {
     let before = processes(&lab.node)?;
     let own = OwnPod::run(lab.cri, Pod::new(lab.node.place(), "victim"), COREOS_KVM)?;
     expect_start(lab.node.place(), &own.id, lab.machine_start())?;
-    let container = Container::new("idle", BUSYBOX).command(&["sleep", "2147483647"]);
-    let container = lab.cri.run(&own.id, &container, &own.pod)?;
+    let container = lab.cri.run(&own.id, &idle(), &own.pod)?;
     let processes = processes(&lab.node)?
         .into_iter()
         .filter(|process| !before.contains(process))
@@ -69,18 +136,27 @@ fn victim<'a>(lab: &Alone<'a>) -> Result<Victim<'a>> {
 }
 
 impl Victim<'_> {
-    fn kill(&self, program: &str) -> Result<()> {
-        let mut killed = 0;
-        for process in self
+    /// Sends a signal to those of the pod's processes that run `program`.
+    fn signal(&self, program: &str, signal: Signal) -> Result<()> {
+        let mut found = self
             .processes
             .iter()
             .filter(|process| process.command.contains(program))
-        {
-            kill(process.pid, Signal::SIGKILL).with_context(|| format!("killing {}", process.command))?;
-            killed += 1;
+            .peekable();
+        ensure!(
+            found.peek().is_some(),
+            "there is no {program} among {:?}",
+            self.processes
+        );
+        for process in found {
+            kill(process.pid, signal).with_context(|| format!("sending {signal} to {}", process.command))?;
         }
-        ensure!(killed > 0, "there is no {program} among {:?}", self.processes);
         Ok(())
+    }
+
+    /// Runs a script in the guest that ends it: the answer may not come through any more.
+    fn last_words(&self, lab: &Alone<'_>, script: &str) {
+        let _ = in_guest(&lab.node, &self.own.id, &["sh", "-c", script]);
     }
 
     fn shim_is_gone(&self) -> bool {
@@ -88,39 +164,44 @@ impl Victim<'_> {
         shims.all(|shim| kill(shim.pid, None).is_err())
     }
 
-    /// With 137, as told by the shim; without a shim containerd may say 255, for "unknown".
-    fn container_ended(&self, cri: &Cri, within: Duration) -> Result<()> {
-        let begun = Instant::now();
+    /// Waits until the pod's status tells the end: the container's exit code is 137, as told by the shim (without a shim containerd
+    /// may say 255, for "unknown"), and the pod is not ready.
+    fn has_ended(&self, cri: &Cri) -> Result<()> {
         let status = cri.wait_exited(&self.container, BOUND)?;
-        let took = begun.elapsed();
         ensure!(
             status.exit_code == 137 || (status.exit_code == 255 && self.shim_is_gone()),
             "the container's exit code is {}",
             status.exit_code
         );
-        ensure!(
-            took < within,
-            "the container's end was seen after {:.1} s",
-            took.as_secs_f32()
-        );
+        let deadline = Instant::now() + BOUND;
+        while cri.pod_status(&self.own.id)?.state() == PodSandboxState::SandboxReady {
+            ensure!(Instant::now() < deadline, "the pod is still called ready");
+            std::thread::sleep(Duration::from_millis(50));
+        }
         Ok(())
     }
 }
 
-fn killed(lab: &mut Alone<'_>, programs: &[&str], within: Duration) -> Result<()> {
-    let before = Snapshot::take(&lab.node)?;
+/// What `accident` does to a pod is the pod's end, told by its status `within` that time.
+fn ends(
+    lab: &mut Alone<'_>,
+    within: Duration,
+    accident: impl FnOnce(&Alone<'_>, &Victim<'_>) -> Result<()>,
+) -> Result<()> {
+    let before = snapshot(lab)?;
     let victim = victim(lab)?;
-    for program in programs {
-        victim.kill(program)?;
-    }
-    victim.container_ended(lab.cri, within)?;
-    let deadline = Instant::now() + BOUND;
-    while lab.cri.pod_status(&victim.own.id)?.state() == PodSandboxState::SandboxReady {
-        ensure!(Instant::now() < deadline, "the pod is still called ready");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    let begun = Instant::now();
+    accident(lab, &victim)?;
+    victim.has_ended(lab.cri)?;
+    took(begun, within, "the end was told")?;
     victim.own.remove()?;
     expect_nothing_left(&lab.node, &before, BOUND)
+}
+
+fn took(begun: Instant, at_most: Duration, what: &str) -> Result<()> {
+    let took = begun.elapsed();
+    ensure!(took < at_most, "{what} after {:.1} s", took.as_secs_f32());
+    Ok(())
 }
 
 /// Without it the guest has no files any more: the machine ends.
@@ -131,27 +212,41 @@ fn file_server(start: Start) -> &'static str {
     }
 }
 
-fn powered_off(lab: &mut Alone<'_>) -> Result<()> {
-    let before = Snapshot::take(&lab.node)?;
+/// The guest, QEMU with it, does nothing any more and is there all the same.
+fn frozen(lab: &mut Alone<'_>) -> Result<()> {
+    let before = snapshot(lab)?;
     let victim = victim(lab)?;
-    // The answer may not come through any more.
-    let _ = in_guest(&lab.node, &victim.own.id, &["systemctl", "poweroff"]);
-    let status = lab.cri.wait_exited(&victim.container, Duration::from_secs(60))?;
-    ensure!(status.exit_code != 0, "the container's exit code is 0");
+    victim.signal(QEMU, Signal::SIGSTOP)?;
+
+    let begun = Instant::now();
+    let error = lab.cri.exec(&victim.container, &["true"]).err();
+    let error = message(&error.context("an exec in a frozen guest ended well")?);
+    ensure!(error.contains("did not answer in time"), "the error is {error:?}");
+    took(begun, UNANSWERED, "the exec failed")?;
+
+    let begun = Instant::now();
+    lab.cri.stop_pod(&victim.own.id)?;
+    took(begun, UNANSWERED, "the pod was stopped")?;
+    victim.has_ended(lab.cri)?;
     victim.own.remove()?;
     expect_nothing_left(&lab.node, &before, BOUND)
 }
 
-fn restart(lab: &mut Alone<'_>) -> Result<()> {
-    let shared = lab.shared()?;
+/// Containerd ends and comes again while a container writes its log and somebody has an exec open.
+fn goes_on(lab: &mut Alone<'_>, again: fn(&mut Node) -> Result<()>) -> Result<()> {
+    let before = snapshot(lab)?;
+    let own = OwnPod::run(lab.cri, Pod::new(lab.node.place(), "survivor"), COREOS_KVM)?;
     let script = "i=0; while :; do i=$((i + 1)); echo tick $i; sleep 0.2; done";
     let container = Container::script("survivor", script);
-    let id = lab.cri.run(&shared.id, &container, &shared.pod)?;
-    let log = container.log(&shared.pod);
+    let id = lab.cri.run(&own.id, &container, &own.pod)?;
+    let log = container.log(&own.pod);
     wait_for_log(&log, BOUND, |line| line.text == "tick 3")?;
-    let before = lab.cri.status(&id)?;
+    let mut session = Session::open(&lab.node, &lab.cri.exec_url(&id, &["sh"], false)?)?;
+    session.send("echo open\n")?;
+    session.read_until("open", BOUND)?;
+    let started = lab.cri.status(&id)?.started_at;
 
-    lab.node.restart_containerd()?;
+    again(&mut lab.node)?;
 
     // The client's first call finds its connection gone.
     let after = eventually(BOUND, || lab.cri.status(&id))?;
@@ -160,7 +255,13 @@ fn restart(lab: &mut Alone<'_>) -> Result<()> {
         "the container is {}",
         after.state().as_str_name()
     );
-    ensure!(after.started_at == before.started_at, "the container was started anew");
+    ensure!(after.started_at == started, "the container was started anew");
+    let pod = lab.cri.pod_status(&own.id)?;
+    ensure!(
+        pod.state() == PodSandboxState::SandboxReady,
+        "the pod is {}",
+        pod.state().as_str_name()
+    );
     let seen = read_log(&log)?.len();
     wait_for_log(&log, BOUND, |line| line.text == format!("tick {}", seen + 10))?;
     ensure!(
@@ -176,10 +277,8 @@ fn restart(lab: &mut Alone<'_>) -> Result<()> {
         );
     }
     lab.cri.stop(&id, Duration::ZERO)?;
-    ensure!(
-        lab.cri.status(&id)?.exit_code == 137,
-        "its exit code is {}",
-        lab.cri.status(&id)?.exit_code
-    );
-    lab.cri.remove(&id)
+    let code = lab.cri.status(&id)?.exit_code;
+    ensure!(code == 137, "its exit code is {code}");
+    own.remove()?;
+    expect_nothing_left(&lab.node, &before, BOUND)
 }

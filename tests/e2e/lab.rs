@@ -77,9 +77,14 @@ pub(crate) enum Start {
 impl Start {
     /// The runtime's handler, and what its pods are by it.
     pub(crate) fn handler(self) -> Handler {
+        self.applied(Handler::standard())
+    }
+
+    /// A handler whose pods are such machines.
+    pub(crate) fn applied(self, handler: Handler) -> Handler {
         match self {
-            Self::Clone => Handler::standard(),
-            Self::Boot => Handler::standard().set("templates", "\"off\""),
+            Self::Clone => handler,
+            Self::Boot => handler.set("templates", "\"off\""),
         }
     }
 

@@ -18,6 +18,7 @@ mod container;
 mod death;
 mod events;
 mod exec;
+mod full;
 mod install;
 mod lab;
 mod machine;
@@ -47,7 +48,8 @@ fn run() -> Result<ExitCode> {
         .into_iter()
         .filter(|version| chosen.is_none_or(|chosen| chosen == *version))
     {
-        let lab = Lab::new(version.short(), version, start, vec![start.handler()]);
+        let handlers = vec![start.handler(), full::handler(start)];
+        let lab = Lab::new(version.short(), version, start, handlers);
         trials.extend(on_each(&lab));
         match version {
             Containerd::V1_6 => {}
@@ -58,6 +60,7 @@ fn run() -> Result<ExitCode> {
             }
             Containerd::V2_1 => {
                 trials.extend(death::further_trials(&lab));
+                trials.extend(full::trials(&lab));
                 trials.extend(many::trials(&lab));
                 trials.extend(clones::trials(&lab));
             }

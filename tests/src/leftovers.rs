@@ -59,7 +59,12 @@ impl Snapshot {
     }
 
     fn processes(&mut self, node: &Node) -> Result<()> {
+        let containerd = node.containerd()?;
         for process in processes(node)? {
+            // It may have been started anew.
+            if Some(process.pid) == containerd {
+                continue;
+            }
             let command: String = process.command.chars().take(160).collect();
             self.add("process", format_args!("{}: {command}", process.pid));
         }

@@ -78,6 +78,16 @@ impl Node {
         self.init
     }
 
+    /// Process id of containerd, outside of the node.
+    pub fn containerd(&self) -> Result<Option<Pid>> {
+        let Some(nsenter) = &self.containerd else {
+            return Ok(None);
+        };
+        // nsenter waits for containerd, its only child.
+        let children = children_of(Pid::from_raw(i32::try_from(nsenter.id())?))?;
+        Ok(children.first().copied())
+    }
+
     /// containerd's log; it stays when the node is gone.
     pub fn log(&self) -> PathBuf {
         artifacts::logs().join(format!("containerd-{}.log", self.place.name()))
@@ -117,7 +127,13 @@ impl Node {
 
     /// Ends containerd as a package update does, and starts it again. Pods are expected to go on.
     pub fn restart_containerd(&mut self) -> Result<()> {
-        self.stop_containerd()?;
+        self.end_containerd(Signal::SIGTERM)?;
+        self.start_containerd()
+    }
+
+    /// Kills containerd, which then has no time for anything, and starts it again. Pods are expected to go on.
+    pub fn crash_containerd(&mut self) -> Result<()> {
+        self.end_containerd(Signal::SIGKILL)?;
         self.start_containerd()
     }
 
@@ -202,14 +218,13 @@ impl Node {
         UnixStream::connect(self.place.socket()).is_ok() && self.ctr(["version"]).is_ok()
     }
 
-    fn stop_containerd(&mut self) -> Result<()> {
+    fn end_containerd(&mut self, by: Signal) -> Result<()> {
+        if let Some(containerd) = self.containerd()? {
+            kill(containerd, by).context("ending containerd")?;
+        }
         let Some(mut nsenter) = self.containerd.take() else {
             return Ok(());
         };
-        // nsenter waits for containerd, its only child.
-        for pid in children_of(Pid::from_raw(i32::try_from(nsenter.id())?))? {
-            kill(pid, Signal::SIGTERM).context("ending containerd")?;
-        }
         wait_bounded(&mut nsenter, CONTAINERD_BOUND).context("waiting for containerd's end")
     }
 

@@ -1,0 +1,125 @@
+//! A full file system: a pod that finds no room is refused with a sentence that says where, and nothing of it is left.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use kubeception_tests::cri::message;
+use kubeception_tests::leftovers::{Snapshot, expect_nothing_left};
+use kubeception_tests::node::{Handler, Node};
+use kubeception_tests::pod::Pod;
+use libtest_mimic::Trial;
+
+use crate::lab::{Alone, Lab, OwnPod, Start};
+
+/// Handler of machines whose folders are in a file system of their own.
+const SMALL: &str = "small";
+/// That file system, inside the node.
+const ROOM: &str = "/run/small";
+/// How long a refusal may take, and the removal of what there was of the pod.
+const SOON: Duration = Duration::from_secs(10);
+/// Room that is left, in KiB: none, and too little at one place or another.
+const LEFT: [u32; 4] = [0, 4, 8, 16];
+
+pub(crate) fn handler(start: Start) -> Handler {
+    start
+        .applied(Handler::variant(SMALL))
+        .set("state_dir", format!("{ROOM:?}"))
+}
+
+pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
+    vec![lab.trial_alone(
+        "no room for machines: pods are refused and say where, nothing is left; with room they run",
+        no_room,
+    )]
+}
+
+fn no_room(lab: &mut Alone<'_>) -> Result<()> {
+    let room = Room::mount(&lab.node)?;
+    // The first makes what stays.
+    one_pod(lab)?;
+    let (before, files, pods) = (Snapshot::take(&lab.node)?, room.files()?, lab.cri.pods()?);
+    room.fill()?;
+    for left in LEFT {
+        room.leave(left)?;
+        let begun = Instant::now();
+        match one_pod(lab) {
+            Ok(()) => ensure!(left > 0, "a pod runs where there is no room"),
+            Err(error) => {
+                let (error, took) = (message(&error), begun.elapsed());
+                ensure!(
+                    error.contains(ROOM) && error.contains("No space left"),
+                    "with {left} KiB left the error is {error:?}"
+                );
+                ensure!(took < SOON, "it came after {:.1} s: {error}", took.as_secs_f32());
+            }
+        }
+        let clean = || {
+            expect_nothing_left(&lab.node, &before, SOON)?;
+            let there = room.files()?;
+            ensure!(there == files, "in {ROOM} there was\n{files}and there is\n{there}");
+            ensure!(lab.cri.pods()? == pods, "a sandbox is still listed");
+            Ok(())
+        };
+        clean().with_context(|| format!("after a start with {left} KiB left"))?;
+    }
+    room.empty()?;
+    one_pod(lab)
+}
+
+fn one_pod(lab: &Alone<'_>) -> Result<()> {
+    OwnPod::run(lab.cri, Pod::new(lab.node.place(), "small"), SMALL)?.remove()
+}
+
+/// A small file system in memory, unmounted when dropped.
+struct Room<'a> {
+    node: &'a Node,
+}
+
+impl<'a> Room<'a> {
+    fn mount(node: &'a Node) -> Result<Self> {
+        let room = Self { node };
+        room.run(&format!(
+            "mkdir {ROOM} && mount -t tmpfs -o size=1m,mode=711 small {ROOM}"
+        ))?;
+        Ok(room)
+    }
+
+    fn fill(&self) -> Result<()> {
+        self.run(&format!("! dd if=/dev/zero of={ROOM}/filler bs=4k status=none 2>&1"))
+            .map(drop)
+    }
+
+    /// Makes so much room, in KiB, that is otherwise taken.
+    fn leave(&self, kib: u32) -> Result<()> {
+        self.fill()?;
+        self.run(&format!("truncate --size=-{kib}K {ROOM}/filler")).map(drop)
+    }
+
+    fn empty(&self) -> Result<()> {
+        self.run(&format!("rm {ROOM}/filler")).map(drop)
+    }
+
+    /// What is in it beside what fills it.
+    fn files(&self) -> Result<String> {
+        self.run(&format!("find {ROOM} -mindepth 1 ! -name filler | sort"))
+    }
+
+    fn run(&self, script: &str) -> Result<String> {
+        let output = self.node.command("sh").args(["-c", script]).output()?;
+        ensure!(
+            output.status.success(),
+            "{script}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.run(&format!("umount {ROOM} && rmdir {ROOM}")) {
+            eprintln!("{error:#}");
+        }
+    }
+}
