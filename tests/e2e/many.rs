@@ -10,7 +10,7 @@ use kubeception_tests::leftovers::{Snapshot, expect_nothing_left};
 use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::Trial;
 
-use crate::lab::{Alone, Lab, OwnPod, expect_start};
+use crate::lab::{Alone, Lab, OwnPod, Start, expect_start};
 
 const PODS: u32 = 20;
 /// At a time: as many as the smallest machine for the tests has processors.
@@ -21,15 +21,18 @@ const CROWD: u32 = 10;
 const CHURN: (&str, u64) = ("COREOS_KVM_CHURN_SECONDS", 60);
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
-    vec![
+    let mut trials = vec![
         lab.trial_alone("20 pods, started and removed, leave the machine as it was", |lab| {
             pods(lab, AT_A_TIME, |number| number <= PODS)
         }),
-        lab.trial_alone(
+    ];
+    if lab.start == Start::Clone {
+        trials.push(lab.trial_alone(
             "10 pods at a time, started and removed over and over, leave the machine as it was",
             churn,
-        ),
-    ]
+        ));
+    }
+    trials
 }
 
 fn churn(lab: &mut Alone<'_>) -> Result<()> {
