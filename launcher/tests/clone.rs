@@ -324,7 +324,8 @@ async fn a_template_that_finds_no_room_has_the_machine_boot() {
         folder,
         Some("tmpfs"),
         MsFlags::empty(),
-        Some("size=16m,mode=700"),
+        // So much that it is begun.
+        Some("size=48m,mode=700"),
     )
     .unwrap();
     let vm = Vm::start(&place.config, machine.clone()).await;

@@ -383,6 +383,12 @@ impl Container {
                     self.give_up_machine(&error).await;
                     Ok(())
                 }
+                // It is on its way, and there when the guest goes on. An error would keep whoever stops the container from SIGKILL,
+                // which does not leave it to the guest.
+                Err(error @ AgentError::Timeout { .. }) if process.is_init() => {
+                    tracing::warn!(container_id = self.id, signal, %error, "the container may not have its signal yet");
+                    Ok(())
+                }
                 result => Ok(result?),
             };
         }

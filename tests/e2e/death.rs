@@ -8,7 +8,7 @@ use coreos_kvm_launcher::vsock::{self, VsockKind};
 use k8s_cri::v1::{ContainerState, PodSandboxState};
 use kubeception_tests::cri::{COREOS_KVM, Cri, message, read_log, wait_for_log};
 use kubeception_tests::image::BUSYBOX;
-use kubeception_tests::leftovers::{Process, Snapshot, expect_nothing_left, processes};
+use kubeception_tests::leftovers::{Process, expect_nothing_left, processes};
 use kubeception_tests::node::Node;
 use kubeception_tests::pod::{Container, Pod};
 use kubeception_tests::stream::Session;
@@ -42,9 +42,6 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
 /// Those that need a machine each, on one containerd.
 pub(crate) fn further_trials(lab: &Arc<Lab>) -> Vec<Trial> {
     let mut trials = vec![
-        lab.trial_alone("containerd killed: nothing is lost", |lab| {
-            goes_on(lab, Node::crash_containerd)
-        }),
         lab.trial_alone("the shim killed: the machine ends with it, nothing is left", |lab| {
             ends(lab, TOLD, |_, victim| victim.signal(SHIM, Signal::SIGKILL))
         }),
@@ -56,6 +53,35 @@ pub(crate) fn further_trials(lab: &Arc<Lab>) -> Vec<Trial> {
                 })
             },
         ),
+        lab.trial_alone("the guest powered off: its containers end, nothing is left", |lab| {
+            ends(lab, POWER_OFF, |lab, victim| {
+                victim.last_words(lab, "systemctl poweroff");
+                Ok(())
+            })
+        }),
+    ];
+    match lab.start {
+        Start::Clone => trials.extend(trials_of_clones(lab)),
+        // Where the kernel has the device there is no process.
+        Start::Boot if vsock::kind() == VsockKind::VhostUser => trials.push(lab.trial_alone(
+            "the vsock device killed: its containers end with 137, nothing is left",
+            |lab| {
+                ends(lab, TOLD, |_, victim| {
+                    victim.signal("vhost-device-vsock", Signal::SIGKILL)
+                })
+            },
+        )),
+        Start::Boot => {}
+    }
+    trials
+}
+
+/// Those for which it does not matter how a machine has come to run: tried with those that are there sooner.
+fn trials_of_clones(lab: &Arc<Lab>) -> [Trial; 5] {
+    [
+        lab.trial_alone("containerd killed: nothing is lost", |lab| {
+            goes_on(lab, Node::crash_containerd)
+        }),
         lab.trial_alone(
             "the agent killed: its containers end with 137, nothing is left",
             |lab| {
@@ -75,37 +101,15 @@ pub(crate) fn further_trials(lab: &Arc<Lab>) -> Vec<Trial> {
                 })
             },
         ),
-        lab.trial_alone("the guest powered off: its containers end, nothing is left", |lab| {
-            ends(lab, POWER_OFF, |lab, victim| {
-                victim.last_words(lab, "systemctl poweroff");
-                Ok(())
-            })
-        }),
         lab.trial_alone(
-            "the machine frozen: calls end in time, and the pod is stopped and removed",
-            frozen,
+            "the machine frozen: an exec fails in time, and the pod is stopped and removed",
+            frozen_pod,
         ),
-    ];
-    // Clones may have no such device, and where the kernel has it there is no process.
-    if lab.start == Start::Boot && vsock::kind() == VsockKind::VhostUser {
-        trials.push(lab.trial_alone(
-            "the vsock device killed: its containers end with 137, nothing is left",
-            |lab| {
-                ends(lab, TOLD, |_, victim| {
-                    victim.signal("vhost-device-vsock", Signal::SIGKILL)
-                })
-            },
-        ));
-    }
-    trials
-}
-
-/// What there is before a pod of a trial's own. A node's first pod and first container make what stays, such as the bridge.
-fn snapshot(lab: &Alone<'_>) -> Result<Snapshot> {
-    let shared = lab.shared()?;
-    let container = lab.cri.create(&shared.id, &idle(), &shared.pod)?;
-    lab.cri.remove(&container)?;
-    Snapshot::take(&lab.node)
+        lab.trial_alone(
+            "the machine frozen: its container is stopped when it has had its grace",
+            frozen_container,
+        ),
+    ]
 }
 
 fn idle() -> Container {
@@ -188,7 +192,7 @@ fn ends(
     within: Duration,
     accident: impl FnOnce(&Alone<'_>, &Victim<'_>) -> Result<()>,
 ) -> Result<()> {
-    let before = snapshot(lab)?;
+    let before = lab.snapshot()?;
     let victim = victim(lab)?;
     let begun = Instant::now();
     accident(lab, &victim)?;
@@ -213,11 +217,15 @@ fn file_server(start: Start) -> &'static str {
 }
 
 /// The guest, QEMU with it, does nothing any more and is there all the same.
-fn frozen(lab: &mut Alone<'_>) -> Result<()> {
-    let before = snapshot(lab)?;
+fn frozen<'a>(lab: &Alone<'a>) -> Result<Victim<'a>> {
     let victim = victim(lab)?;
     victim.signal(QEMU, Signal::SIGSTOP)?;
+    Ok(victim)
+}
 
+fn frozen_pod(lab: &mut Alone<'_>) -> Result<()> {
+    let before = lab.snapshot()?;
+    let victim = frozen(lab)?;
     let begun = Instant::now();
     let error = lab.cri.exec(&victim.container, &["true"]).err();
     let error = message(&error.context("an exec in a frozen guest ended well")?);
@@ -232,9 +240,23 @@ fn frozen(lab: &mut Alone<'_>) -> Result<()> {
     expect_nothing_left(&lab.node, &before, BOUND)
 }
 
+/// As a kubelet stops a container whose liveness probe fails: neither SIGTERM nor SIGKILL is answered.
+fn frozen_container(lab: &mut Alone<'_>) -> Result<()> {
+    const GRACE: Duration = Duration::from_secs(1);
+
+    let before = lab.snapshot()?;
+    let victim = frozen(lab)?;
+    let begun = Instant::now();
+    lab.cri.stop(&victim.container, GRACE)?;
+    took(begun, 2 * UNANSWERED, "the container was stopped")?;
+    victim.has_ended(lab.cri)?;
+    victim.own.remove()?;
+    expect_nothing_left(&lab.node, &before, BOUND)
+}
+
 /// Containerd ends and comes again while a container writes its log and somebody has an exec open.
 fn goes_on(lab: &mut Alone<'_>, again: fn(&mut Node) -> Result<()>) -> Result<()> {
-    let before = snapshot(lab)?;
+    let before = lab.snapshot()?;
     let own = OwnPod::run(lab.cri, Pod::new(lab.node.place(), "survivor"), COREOS_KVM)?;
     let script = "i=0; while :; do i=$((i + 1)); echo tick $i; sleep 0.2; done";
     let container = Container::script("survivor", script);

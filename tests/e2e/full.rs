@@ -1,37 +1,57 @@
-//! A full file system: a pod that finds no room is refused with a sentence that says where, and nothing of it is left.
+//! A full file system: a pod that finds no room is refused with a sentence that says where, and nothing of it is left. What is to be
+//! faster next time is done without.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use kubeception_tests::cri::message;
+use kubeception_tests::image::BUSYBOX;
 use kubeception_tests::leftovers::{Snapshot, expect_nothing_left};
 use kubeception_tests::node::{Handler, Node};
-use kubeception_tests::pod::Pod;
+use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::Trial;
 
-use crate::lab::{Alone, Lab, OwnPod, Start};
+use crate::lab::{Alone, Lab, OwnPod, Start, origin};
 
-/// Handler of machines whose folders are in a file system of their own.
-const SMALL: &str = "small";
+/// Handler of machines whose folders are in a small file system.
+const STATE: &str = "small-state";
+/// Handler of machines whose templates are in it.
+const TEMPLATES: &str = "small-templates";
 /// That file system, inside the node.
 const ROOM: &str = "/run/small";
 /// How long a refusal may take, and the removal of what there was of the pod.
 const SOON: Duration = Duration::from_secs(10);
 /// Room that is left, in KiB: none, and too little at one place or another.
-const LEFT: [u32; 4] = [0, 4, 8, 16];
+const LEFT: [u32; 5] = [0, 4, 8, 12, 16];
 
-pub(crate) fn handler(start: Start) -> Handler {
-    start
-        .applied(Handler::variant(SMALL))
-        .set("state_dir", format!("{ROOM:?}"))
+pub(crate) fn handlers(start: Start) -> [Handler; 2] {
+    let folder = |path: String| format!("{path:?}");
+    [
+        start
+            .applied(Handler::variant(STATE))
+            .set("state_dir", folder(ROOM.to_owned())),
+        start
+            .applied(Handler::variant(TEMPLATES))
+            .set("template_dir", folder(format!("{ROOM}/templates"))),
+    ]
 }
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
-    vec![lab.trial_alone(
-        "no room for machines: pods are refused and say where, nothing is left; with room they run",
-        no_room,
-    )]
+    if lab.start == Start::Boot {
+        return Vec::new();
+    }
+    vec![
+        lab.trial_alone(
+            "no room for machines: pods are refused and say where, nothing is left; with room they run",
+            no_room,
+        ),
+        lab.trial_alone(
+            "no room any more: a machine that runs goes on, and is removed",
+            no_room_any_more,
+        ),
+        lab.trial_alone("no room for templates: the machine boots, and says why", no_templates),
+    ]
 }
 
 fn no_room(lab: &mut Alone<'_>) -> Result<()> {
@@ -67,8 +87,43 @@ fn no_room(lab: &mut Alone<'_>) -> Result<()> {
     one_pod(lab)
 }
 
+fn no_room_any_more(lab: &mut Alone<'_>) -> Result<()> {
+    let room = Room::mount(&lab.node)?;
+    one_pod(lab)?;
+    let files = room.files()?;
+    let own = OwnPod::run(lab.cri, Pod::new(lab.node.place(), "goes-on"), STATE)?;
+    room.fill()?;
+    let idle = Container::new("idle", BUSYBOX).command(&["sleep", "2147483647"]);
+    let container = lab.cri.run(&own.id, &idle, &own.pod)?;
+    let said = lab.cri.exec(&container, &["echo", "well"])?;
+    ensure!(said.stdout == "well\n", "an exec says {said:?}");
+    own.remove()?;
+    let there = room.files()?;
+    ensure!(there == files, "in {ROOM} there was\n{files}and there is\n{there}");
+    Ok(())
+}
+
+fn no_templates(lab: &mut Alone<'_>) -> Result<()> {
+    let room = Room::mount(&lab.node)?;
+    let own = OwnPod::run(lab.cri, Pod::new(lab.node.place(), "no-template"), TEMPLATES)?;
+    let origin = origin(lab.node.place(), &own.id)?;
+    let why = origin["why"].as_str().unwrap_or_default();
+    ensure!(
+        origin["from"] == "boot" && why.contains("no space left") && why.contains(ROOM),
+        "its origin is {origin}"
+    );
+    own.remove()?;
+    let left = room.files()?;
+    ensure!(
+        left.lines()
+            .all(|file| file.ends_with("/templates") || file.ends_with(".lock")),
+        "in {ROOM} there is\n{left}"
+    );
+    Ok(())
+}
+
 fn one_pod(lab: &Alone<'_>) -> Result<()> {
-    OwnPod::run(lab.cri, Pod::new(lab.node.place(), "small"), SMALL)?.remove()
+    OwnPod::run(lab.cri, Pod::new(lab.node.place(), "small"), STATE)?.remove()
 }
 
 /// A small file system in memory, unmounted when dropped.

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use kubeception_tests::artifacts::Containerd;
 use kubeception_tests::cri::{COREOS_KVM, Cri, message};
 use kubeception_tests::image;
+use kubeception_tests::leftovers::Snapshot;
 use kubeception_tests::node::{Handler, Node, Place};
 use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::{Failed, Trial};
@@ -273,6 +274,15 @@ pub(crate) fn expect_start(place: &Place, id: &str, expected: Start) -> Result<(
 }
 
 impl Alone<'_> {
+    /// What there is before a pod of a trial's own. A node's first pod and first container make what stays, such as the bridge.
+    pub(crate) fn snapshot(&self) -> Result<Snapshot> {
+        let shared = self.shared()?;
+        let idle = Container::new("idle", image::BUSYBOX).command(&["sleep", "2147483647"]);
+        let container = self.cri.create(&shared.id, &idle, &shared.pod)?;
+        self.cri.remove(&container)?;
+        Snapshot::take(&self.node)
+    }
+
     pub(crate) fn machine_start(&self) -> Start {
         self.started.start
     }

@@ -48,7 +48,7 @@ fn run() -> Result<ExitCode> {
         .into_iter()
         .filter(|version| chosen.is_none_or(|chosen| chosen == *version))
     {
-        let handlers = vec![start.handler(), full::handler(start)];
+        let handlers = [start.handler()].into_iter().chain(full::handlers(start)).collect();
         let lab = Lab::new(version.short(), version, start, handlers);
         trials.extend(on_each(&lab));
         match version {

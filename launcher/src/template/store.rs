@@ -18,6 +18,9 @@ use nix::fcntl::{Flock, FlockArg};
 const USES: &str = "uses";
 const UNFINISHED: &str = "partial";
 const LOCK: &str = "lock";
+/// Room on the disk below which no template is begun, in bytes. The smallest take more, and a boot for one that cannot be kept is in
+/// vain; on a disk that is full not even that it failed can be noted.
+const ROOM_MIN: u64 = 32 << 20;
 
 /// All templates of the node.
 #[derive(Debug, Clone)]
@@ -98,10 +101,19 @@ impl Store {
     /// Begins a template, over the remains of an attempt that was not finished.
     ///
     /// # Errors
-    /// Of the file system.
+    /// Of the file system, also when it is full.
     pub fn draft(&self, key: &Key, _right: &Lock) -> Result<Draft, TemplateError> {
         let path = self.path(key.as_str()).with_extension(UNFINISHED);
         remove(&path)?;
+        let disk = rustix::fs::statvfs(&self.folder).map_err(TemplateError::io("looking at", &self.folder))?;
+        let room = disk.f_bavail.saturating_mul(disk.f_frsize);
+        if room < ROOM_MIN {
+            return Err(TemplateError::NoRoom(format!(
+                "there is no space left for it at {}: {} MiB are free",
+                self.folder.display(),
+                room >> 20
+            )));
+        }
         let made = DirBuilder::new().mode(0o700).create(&path);
         made.map_err(TemplateError::io("making the directory", &path))?;
         Ok(Draft {

@@ -218,6 +218,7 @@ impl Agent for FakeAgent {
     ) -> ttrpc::Result<proto::Empty> {
         self.0
             .called("signal", format!("{} {}", request.container_id, request.signal))?;
+        self.0.let_go("signal").await;
         if !*self.0.deaf.lock().unwrap() {
             self.0
                 .end(&request.container_id, &request.exec_id, 128 + request.signal);

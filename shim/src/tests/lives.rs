@@ -161,6 +161,21 @@ async fn a_sandbox_that_is_killed_takes_its_machine_along() {
 }
 
 #[tokio::test]
+async fn a_guest_that_answers_no_signal_is_ended_by_sigkill() {
+    let mut node = Node::new().await;
+    node.run_sandbox().await;
+    node.run("c1").await;
+    node.guest.held.send_replace("signal");
+    let container = node.pod.container("c1").unwrap();
+    tokio::time::pause();
+    container.kill("", 15, false).await.unwrap();
+    assert!(!container.has_stopped());
+    container.kill("", 9, false).await.unwrap();
+    tokio::time::resume();
+    assert_eq!(node.events(2).await, ["exit c1 137", "exit sandbox 137"]);
+}
+
+#[tokio::test]
 async fn a_guest_that_leaves_a_killed_container_alone_is_ended() {
     let mut node = Node::new().await;
     node.run_sandbox().await;
