@@ -17,7 +17,8 @@ use containerd_shim_protos::{
     shim::event::Envelope,
     shim_async::Task,
 };
-use coreos_kvm_launcher::machine::Machine;
+use coreos_kvm_launcher::{machine::Machine, mountinfo};
+use nix::mount::{MntFlags, umount2};
 use oci_spec::runtime::Spec;
 use protobuf::Message;
 use serde_json::{Value, json};
@@ -46,6 +47,15 @@ struct Node {
     events: mpsc::UnboundedReceiver<Envelope>,
     described: Arc<Mutex<Option<Machine>>>,
     removed: Arc<Mutex<Vec<String>>>,
+}
+
+/// Containers that a test leaves have mounts, and what is mounted cannot be removed.
+impl Drop for Node {
+    fn drop(&mut self) {
+        for point in mountinfo::below(self.root.path(), &mountinfo::mount_points().unwrap_or_default()) {
+            let _ = umount2(point, MntFlags::MNT_DETACH);
+        }
+    }
 }
 
 impl Node {
