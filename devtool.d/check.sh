@@ -8,7 +8,6 @@ readonly cargo_deny_version=0.20.2
 test_everything() {
   need_root test
   setup_everything
-  [ $# -ne 0 ] || setup_conformance
   build_everything
   mkdir -p "$logs"
   local outcome=$logs/test-outcome.log failed=0
@@ -23,7 +22,7 @@ test_everything() {
   cargo test --locked -p kubeception-tests --test e2e -- --boot "$@" 2>&1 | tee -a "$outcome" || failed=1
   if [ $# -eq 0 ]; then
     say "conformance"
-    "$built/debug/kubeception-conformance" 2>&1 | tee -a "$outcome" || failed=1
+    (setup_conformance && "$built/debug/kubeception-conformance") 2>&1 | tee -a "$outcome" || failed=1
   fi
   summary "$outcome" "$failed"
 }

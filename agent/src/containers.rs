@@ -318,9 +318,9 @@ impl Containers {
     /// Removes what there is of a container.
     async fn unmake(&self, id: &str) -> Result<(), AgentError> {
         let order = Order::Delete { id: id.to_owned() };
-        runtime::run(&self.zygote, &order, None, None).await?;
+        let unmade = runtime::run(&self.zygote, &order, None, None).await;
         remove_files(id);
-        Ok(())
+        unmade.map(drop)
     }
 
     /// Processes of a container, as pids of the guest.

@@ -7,7 +7,7 @@ use std::{
 
 use coreos_kvm_proto::carry::{CONNECTED, REFUSED, carry};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy, sink},
     net::TcpStream,
     time::timeout,
 };
@@ -31,7 +31,7 @@ pub(crate) async fn serve(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     };
     match carried.await {
         // A connection that is closed at once may lose what is still on its way: the host is the one who closes.
-        Ok(()) => drop(timeout(BOUND, stream.read(&mut [0])).await),
+        Ok(()) => drop(timeout(BOUND, copy(&mut stream, &mut sink())).await),
         Err(error) => {
             tracing::debug!(port, %error, "a forwarded connection ended early");
             // The server is not to take what it has for all there was.

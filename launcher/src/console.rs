@@ -146,18 +146,32 @@ impl Log {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         let room = usize::try_from(FIRST.saturating_sub(self.first_written)).unwrap_or(0);
         let first = &bytes[..bytes.len().min(room)];
-        self.first.write_all(first)?;
-        self.first_written += first.len() as u64;
+        write_all(&mut self.first, first, &mut self.first_written)?;
 
         if self.written + bytes.len() as u64 > FILE {
-            std::fs::rename(&self.path, self.path.with_extension("log.1"))?;
+            match std::fs::rename(&self.path, self.path.with_extension("log.1")) {
+                // There was no room for the new one when it was renamed before.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                renamed => renamed?,
+            }
             self.current = create(&self.path)?;
             self.written = 0;
         }
-        self.current.write_all(bytes)?;
-        self.written += bytes.len() as u64;
-        Ok(())
+        write_all(&mut self.current, bytes, &mut self.written)
     }
+}
+
+/// Counts also what was written before there was no room any more.
+fn write_all(file: &mut File, mut bytes: &[u8], written: &mut u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let count = file.write(bytes)?;
+        if count == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        *written += count as u64;
+        bytes = &bytes[count..];
+    }
+    Ok(())
 }
 
 fn create(path: &Path) -> io::Result<File> {

@@ -22,24 +22,28 @@ pub fn below<'a>(folder: &'a Path, mount_points: &'a [PathBuf]) -> impl Iterator
         .filter(move |point| *point != folder && point.starts_with(folder))
 }
 
-/// Whether what is mounted below the root directory shows in other mount namespaces, and what is mounted there in those: systemd's
-/// default.
+/// Whether what is mounted below all of these paths, now or later, shows in mount namespaces that are made as slaves of this one:
+/// systemd's default.
 ///
 /// # Errors
 /// Of reading the kernel's list.
-pub fn is_shared() -> io::Result<bool> {
-    Ok(root_is_shared(&std::fs::read("/proc/self/mountinfo")?))
+pub fn are_shared(paths: &[&Path]) -> io::Result<bool> {
+    let mountinfo = std::fs::read("/proc/self/mountinfo")?;
+    Ok(paths.iter().all(|path| is_shared(path, &mountinfo)))
 }
 
-/// Of the mount that is on top. Its optional fields are between the sixth and a dash.
-fn root_is_shared(mountinfo: &[u8]) -> bool {
+/// Of the mount that the path is on. Its optional fields are between the sixth and a dash.
+fn is_shared(path: &Path, mountinfo: &[u8]) -> bool {
     let lines = mountinfo.split(|byte| *byte == b'\n');
-    let mut fields = lines.map(|line| line.split(|byte| *byte == b' ').skip(4));
-    let root = fields.rfind(|fields| fields.clone().next() == Some(b"/"));
-    root.is_some_and(|fields| {
-        let mut optional = fields.skip(2).take_while(|field| *field != b"-");
-        optional.any(|field| field.starts_with(b"shared:"))
-    })
+    let mounts = lines.filter_map(|line| {
+        let mut fields = line.split(|byte| *byte == b' ').skip(4);
+        let point = PathBuf::from(OsString::from_vec(unescape(fields.next()?)));
+        let mut optional = fields.skip(1).take_while(|field| *field != b"-");
+        let shared = optional.any(|field| field.starts_with(b"shared:"));
+        path.starts_with(&point).then(|| (point.components().count(), shared))
+    });
+    // Of those at the same place the last is on top.
+    mounts.max_by_key(|(depth, _)| *depth).is_some_and(|(_, shared)| shared)
 }
 
 fn parse(mountinfo: &[u8]) -> Vec<PathBuf> {
@@ -66,15 +70,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_shared_root_is_told_from_a_private_one() {
-        let above = "1 1 0:1 / / rw - rootfs none rw\n";
-        let with = |optional: &str| {
-            root_is_shared(format!("{above}21 1 0:20 / / rw {optional}- ext4 /dev/vda rw\n").as_bytes())
+    fn a_shared_mount_is_told_from_a_private_one() {
+        let with = |optional: &str, path: &str| {
+            let root = format!("1 1 0:1 / / rw - rootfs none rw\n21 1 0:20 / / rw {optional}- ext4 /dev/vda rw\n");
+            let below = "22 21 0:21 / /data rw - ext4 /dev/vdb rw\n";
+            is_shared(Path::new(path), format!("{root}{below}").as_bytes())
         };
-        assert!(with("shared:1 "));
-        assert!(with("master:3 shared:1 "));
-        assert!(!with("master:3 "));
-        assert!(!with(""));
+        assert!(with("shared:1 ", "/var/lib"));
+        assert!(with("master:3 shared:1 ", "/"));
+        assert!(!with("master:3 ", "/"));
+        assert!(!with("", "/database"));
+        assert!(with("shared:1 ", "/database"));
+        assert!(!with("shared:1 ", "/data/volumes"));
     }
 
     #[test]

@@ -379,7 +379,7 @@ impl Container {
             return match self.machine.agent().signal_process(process.name(), signal, all).await {
                 Err(
                     error @ (AgentError::Unreachable { .. } | AgentError::Lost { .. } | AgentError::Timeout { .. }),
-                ) if i32::try_from(signal) == Ok(libc::SIGKILL) => {
+                ) if process.is_init() && i32::try_from(signal) == Ok(libc::SIGKILL) => {
                     self.give_up_machine(&error).await;
                     Ok(())
                 }
@@ -502,6 +502,10 @@ impl Container {
                 Ok(_) | Err(AgentError::NotFound(_)) => {}
                 Err(error) if timeout(Duration::ZERO, self.machine.exited()).await.is_ok() => {
                     tracing::debug!(container_id = self.id, %error, "the machine has ended, and the process with it");
+                }
+                // Its end has been told. Who could not forget it would keep its pod for as long as the guest likes.
+                Err(error) if matches!(state, State::Stopped(_)) => {
+                    tracing::warn!(container_id = self.id, exec_id = process.exec_id(), %error, "the guest keeps what is left of a process");
                 }
                 Err(error) => return Err(error.into()),
             }

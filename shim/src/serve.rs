@@ -3,6 +3,7 @@
 use std::{
     env, io,
     os::{fd::AsFd, unix::net::UnixListener as StdListener},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -43,19 +44,19 @@ const GRACE: Duration = Duration::from_secs(10);
 pub(crate) fn serve(flags: &Flags) -> anyhow::Result<()> {
     let bundle = env::current_dir().context("the bundle, the current directory, is gone")?;
     logging::init(&bundle, flags.debug);
-    let served = run(flags);
+    let served = run(flags, &bundle);
     if let Err(error) = &served {
         tracing::error!(error = format!("{error:#}"), "the shim ends");
     }
     served
 }
 
-fn run(flags: &Flags) -> anyhow::Result<()> {
+fn run(flags: &Flags, bundle: &Path) -> anyhow::Result<()> {
     let socket = take_stdin().context("taking over the socket")?;
     // A session of its own: whatever is sent to containerd's terminal or process group is not for the pod.
     setsid().context("making a session")?;
     env::set_current_dir("/").context("leaving the bundle")?;
-    have_own_mounts().context("having mounts of its own")?;
+    have_own_mounts(bundle).context("having mounts of its own")?;
     // The machine's processes end with the thread that started them, which therefore is this one.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -68,8 +69,10 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
 
 /// What is mounted for the pod's machine is nobody else's: no unmount on the host finds it busy, and it goes with the last of the pod's
 /// processes, whatever becomes of them. What the host mounts and unmounts still arrives; where it would not, these mounts are on the host.
-fn have_own_mounts() -> anyhow::Result<()> {
-    if !mountinfo::is_shared()? {
+fn have_own_mounts(bundle: &Path) -> anyhow::Result<()> {
+    // Where volumes and root file systems come to be, unless an admin has moved them.
+    let places = ["/", "/var/lib/kubelet", "/var/lib/containerd"].map(Path::new);
+    if !mountinfo::are_shared(&[&places[..], &[bundle]].concat())? {
         return Ok(());
     }
     unshare(CloneFlags::CLONE_NEWNS)?;

@@ -18,12 +18,13 @@ use nix::sys::signal::{Signal, kill};
 use crate::lab::{Alone, Lab, OwnPod, Start, eventually, expect_start, in_guest};
 
 const BOUND: Duration = Duration::from_secs(30);
-/// How long it may take until a pod's status tells that its machine is of no use any more.
-const TOLD: Duration = Duration::from_secs(5);
+/// How long it may take until a pod's status tells that its machine is of no use any more: less than 5 s, and as much again for what
+/// another node does meanwhile.
+const TOLD: Duration = Duration::from_secs(10);
 /// How long a guest may take to end all that runs in it when it powers off.
 const POWER_OFF: Duration = Duration::from_secs(60);
 /// How long a call may last that waits for a guest which does nothing any more, and so for the end of the call's own time.
-const UNANSWERED: Duration = Duration::from_secs(15);
+const UNANSWERED: Duration = Duration::from_secs(25);
 const SHIM: &str = "containerd-shim-coreos-kvm";
 const QEMU: &str = "qemu-system";
 
@@ -170,14 +171,14 @@ impl Victim<'_> {
 
     /// Waits until the pod's status tells the end: the container's exit code is 137, as told by the shim (without a shim containerd
     /// may say 255, for "unknown"), and the pod is not ready.
-    fn has_ended(&self, cri: &Cri) -> Result<()> {
-        let status = cri.wait_exited(&self.container, BOUND)?;
+    fn has_ended(&self, cri: &Cri, bound: Duration) -> Result<()> {
+        let status = cri.wait_exited(&self.container, bound)?;
         ensure!(
             status.exit_code == 137 || (status.exit_code == 255 && self.shim_is_gone()),
             "the container's exit code is {}",
             status.exit_code
         );
-        let deadline = Instant::now() + BOUND;
+        let deadline = Instant::now() + bound;
         while cri.pod_status(&self.own.id)?.state() == PodSandboxState::SandboxReady {
             ensure!(Instant::now() < deadline, "the pod is still called ready");
             std::thread::sleep(Duration::from_millis(50));
@@ -194,9 +195,9 @@ fn ends(
 ) -> Result<()> {
     let before = lab.snapshot()?;
     let victim = victim(lab)?;
-    let begun = Instant::now();
     accident(lab, &victim)?;
-    victim.has_ended(lab.cri)?;
+    let begun = Instant::now();
+    victim.has_ended(lab.cri, within.max(BOUND))?;
     took(begun, within, "the end was told")?;
     victim.own.remove()?;
     expect_nothing_left(&lab.node, &before, BOUND)
@@ -235,7 +236,7 @@ fn frozen_pod(lab: &mut Alone<'_>) -> Result<()> {
     let begun = Instant::now();
     lab.cri.stop_pod(&victim.own.id)?;
     took(begun, UNANSWERED, "the pod was stopped")?;
-    victim.has_ended(lab.cri)?;
+    victim.has_ended(lab.cri, BOUND)?;
     victim.own.remove()?;
     expect_nothing_left(&lab.node, &before, BOUND)
 }
@@ -249,7 +250,7 @@ fn frozen_container(lab: &mut Alone<'_>) -> Result<()> {
     let begun = Instant::now();
     lab.cri.stop(&victim.container, GRACE)?;
     took(begun, 2 * UNANSWERED, "the container was stopped")?;
-    victim.has_ended(lab.cri)?;
+    victim.has_ended(lab.cri, BOUND)?;
     victim.own.remove()?;
     expect_nothing_left(&lab.node, &before, BOUND)
 }

@@ -79,12 +79,15 @@ pub(super) fn start(id: &str) -> Result<i32, String> {
 /// Ends what is left of the container and removes its cgroup, its record and its mounts.
 pub(super) fn delete(id: &str) -> Result<i32, String> {
     let record = records().join(id);
-    if record.exists() {
-        let mut container = Container::load(record).map_err(|error| chain(&error))?;
-        container.delete(true).map_err(|error| chain(&error))?;
+    let deleted = if record.exists() {
+        Container::load(record).and_then(|mut container| container.delete(true))
+    } else {
+        Ok(())
+    };
+    if let Err(error) = share::let_go(id) {
+        tracing::warn!(container_id = id, %error, "a container's files stay mounted");
     }
-    share::let_go(id).map_err(|error| format!("its files stay mounted: {error}"))?;
-    Ok(0)
+    deleted.map(|()| 0).map_err(|error| chain(&error))
 }
 
 /// Writes errors that are logged to the report, a line each.

@@ -107,7 +107,8 @@ impl Store {
         remove(&path)?;
         let disk = rustix::fs::statvfs(&self.folder).map_err(TemplateError::io("looking at", &self.folder))?;
         let room = disk.f_bavail.saturating_mul(disk.f_frsize);
-        if room < ROOM_MIN {
+        // One without a size has room as long as there is memory.
+        if disk.f_blocks > 0 && room < ROOM_MIN {
             return Err(TemplateError::NoRoom(format!(
                 "there is no space left for it at {}: {} MiB are free",
                 self.folder.display(),
