@@ -65,21 +65,27 @@ fn main() -> Result<()> {
     let zygote = unsafe { runtime::zygote::start() }.context("starting the zygote")?;
     // The zygote has no log: what it forks has a container's streams.
     start_logging();
+    // A panic is its end as well.
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        last_words(panic);
+        print(panic);
+    }));
     let served = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting the runtime")?
         .block_on(serve(zygote));
     if let Err(error) = &served {
-        last_words(error);
+        last_words(&format_args!("{error:#}"));
     }
     served
 }
 
 /// The guest ends with its agent, and its journal with it: why is said on the console, which the host keeps.
-fn last_words(error: &anyhow::Error) {
+fn last_words(words: &impl std::fmt::Display) {
     // Critical, for consoles show no less: syslog(2). Nobody is left to hear that this failed.
-    let _ = std::fs::write("/dev/kmsg", format!("<2>coreos-kvm-agent: {error:#}"));
+    let _ = std::fs::write("/dev/kmsg", format!("<2>coreos-kvm-agent: {words}"));
 }
 
 async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {

@@ -36,7 +36,8 @@ fn mount_unit() -> String {
 
 /// Containers live below the service's cgroup, so that its limits are lifted. An agent that fails takes the machine with it:
 /// without it nobody could say any more how the containers are. It does so by a reset, as a kernel panic does, and not by a
-/// power-off, which is how a guest ends that wants to.
+/// power-off, which is how a guest ends that wants to; and at once, for whatever else runs in the guest might take its time to end,
+/// while the pod's status says that all is well.
 fn service_unit() -> String {
     format!(
         "[Unit]\n\
@@ -46,7 +47,7 @@ fn service_unit() -> String {
          After={MOUNT_UNIT} local-fs.target systemd-tmpfiles-setup.service systemd-sysctl.service\n\
          Conflicts=shutdown.target\n\
          Before=shutdown.target\n\
-         FailureAction=reboot-force\n\
+         FailureAction=reboot-immediate\n\
          [Service]\n\
          Type=exec\n\
          ExecStart={AGENT_MOUNT}/coreos-kvm-agent\n\
