@@ -86,7 +86,11 @@ fn versions() -> Result<String> {
             "QEMU",
             first_line(Path::new("qemu-system-x86_64"))?.replace("QEMU emulator version ", ""),
         ),
-        ("kernel of the node", host.trim().to_owned()),
+        // What a distribution adds to it says nothing to others.
+        (
+            "kernel of the node",
+            host.split('-').next().unwrap_or_default().trim().to_owned(),
+        ),
         ("kernel of the guest", guest_kernel()?),
     ] {
         let _ = writeln!(text, "| {part} | {version} |");
