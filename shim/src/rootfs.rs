@@ -256,6 +256,11 @@ fn remove_mount_points(directory: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use nix::{
+        mount::{MsFlags, mount},
+        sched::{CloneFlags, unshare},
+    };
+
     use super::*;
 
     #[test]
@@ -266,5 +271,54 @@ mod tests {
         let points = [PathBuf::from("/"), below.clone()];
         assert!(is_above(there.path(), &points));
         assert!(!is_above(&below, &points));
+    }
+
+    /// On a thread with a mount namespace of its own, which takes all that is mounted with it.
+    #[test]
+    fn a_copy_of_a_volume_shows_what_it_is_to_and_takes_nothing_from_the_host() {
+        let there = tempfile::tempdir().unwrap();
+        let root = there.path().to_owned();
+        std::thread::spawn(move || copies(&root)).join().unwrap();
+    }
+
+    fn copies(root: &Path) {
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        // Both shared: the host's volume by systemd, the machine's directory for who serves it.
+        let tmpfs = |path: &Path| {
+            std::fs::create_dir(path).unwrap();
+            mount(Some("none"), path, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+            mount(none, path, none, MsFlags::MS_SHARED, none).unwrap();
+            std::fs::write(path.join("marker"), "").unwrap();
+        };
+        let (source, shared) = (root.join("source"), root.join("shared"));
+        for path in [&source, &source.join("early"), &shared] {
+            tmpfs(path);
+        }
+        let bound = |name: &str, access, below| {
+            let target = shared.join(name);
+            std::fs::create_dir(&target).unwrap();
+            bind(&source, &target, access, below).unwrap();
+            target
+        };
+        let all = bound("all", Access::ReadAll, Below::Now);
+        let read = bound("read", Access::Read, Below::Now);
+        let plain = bound("plain", Access::Write, Below::Nothing);
+        let follows = bound("follows", Access::Write, Below::Always);
+        tmpfs(&source.join("late"));
+
+        let writes = |path: PathBuf| std::fs::write(path, "").is_ok();
+        assert!(!writes(all.join("file")) && !writes(all.join("early/file")));
+        assert!(!writes(read.join("file")) && writes(read.join("early/file")));
+        let shows = |target: &Path, name: &str| target.join(name).join("marker").exists();
+        assert!(shows(&all, "early") && !shows(&all, "late"));
+        assert!(!shows(&plain, "early") && !shows(&plain, "late"));
+        assert!(shows(&follows, "early") && shows(&follows, "late"));
+
+        for target in [all, read, plain, follows] {
+            umount2(&target, MntFlags::MNT_DETACH).unwrap();
+        }
+        assert!(shows(&source, "early") && shows(&source, "late"));
     }
 }
