@@ -65,6 +65,8 @@ pub enum TemplateError {
     Damaged { key: String, problem: String },
     #[error("the template cannot be kept: {0}")]
     NoRoom(String),
+    #[error("the memory of the template is not whole: whoever copied it ended early")]
+    Unfilled,
 }
 
 impl TemplateError {

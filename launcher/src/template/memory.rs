@@ -72,12 +72,16 @@ impl Map {
 
     /// Compares `data` with the checksums.
     pub(super) fn verify(&self, data: &File) -> io::Result<()> {
-        let mut buffer = vec![0; CHUNK];
-        self.each(data, &mut buffer, |_, _| Ok(()))
+        self.each(data, |_, _| Ok(()))
     }
 
-    /// Calls `take` for each run, with its place in memory and its content, which was checked. Allocates nothing.
-    fn each(
+    /// Calls `take` for each run, with its place in memory and its content, which was checked.
+    pub(super) fn each(&self, data: &File, take: impl FnMut(u64, &[u8]) -> io::Result<()>) -> io::Result<()> {
+        self.each_by(data, &mut vec![0; CHUNK], take)
+    }
+
+    /// The same without allocating anything.
+    fn each_by(
         &self,
         data: &File,
         buffer: &mut [u8],
@@ -246,7 +250,7 @@ impl Filler {
     /// Of reading and writing, as numbers of the system; see [`is_damage`].
     pub fn fill(&mut self) -> io::Result<()> {
         let memory = &self.memory;
-        self.map.each(&self.data, &mut self.buffer, |place, content| {
+        self.map.each_by(&self.data, &mut self.buffer, |place, content| {
             memory.write_all_at(content, place)
         })?;
         for (place, id) in &self.changes {

@@ -214,6 +214,11 @@ async fn bring_up(
         Ok(())
     };
     watch.during(configured).await?;
+    // Mostly it has been for long: its own thread does it while the guest is restored and wakes up.
+    let shared_memory = match shared_memory {
+        Some(shared) => Some(watch.during(async { Ok(shared.sealed().await?) }).await?),
+        None => None,
+    };
     tracing::info!(machine = %machine.id, seconds = begin.elapsed().as_secs_f64(), "the guest is up");
 
     let (ended, exit) = watch::channel(None);

@@ -37,7 +37,7 @@ use crate::{
     },
     share_server::{self, ShareServer},
     state::{CloneMode, Helper, Record, StateDir},
-    template::memory::Filler,
+    template::{memory::Filler, resident::Resident},
     user,
     virtiofs::{self, VirtioFs},
     vsock::{Backend, Multiplexed, ReadyListener, VsockDevice, VsockDialer},
@@ -57,8 +57,8 @@ pub(super) enum Origin {
 pub(super) enum Memory {
     /// A file of its own, which is being filled.
     Copy { memory: File, filler: Filler },
-    /// One that all clones of the template map, [`crate::template::resident`].
-    Shared(File),
+    /// One that all clones of the template map.
+    Shared(Resident),
 }
 
 impl Memory {
@@ -98,7 +98,7 @@ pub(super) struct Made {
     /// The ways to the guest's agent; a template has none, and a clone whose connections are on a serial port only when it is awake.
     pub(super) line: Option<Line>,
     /// The memory that a clone shares with others, open as long as the clone runs.
-    pub(super) shared_memory: Option<File>,
+    pub(super) shared_memory: Option<Resident>,
     /// What a clone is given when it has been restored, in this order.
     pub(super) devices: Vec<Device>,
     pub(super) network: Option<ConfigureNetworkRequest>,
@@ -188,10 +188,10 @@ pub(super) async fn make(
             let memory = match memory {
                 Memory::Copy { memory, .. } => memory,
                 // By its own number others find it.
-                Memory::Shared(memory) => {
-                    let another = memory.try_clone().map_err(VmError::io("duplicating descriptors"))?;
-                    shared_memory = Some(memory);
-                    another
+                Memory::Shared(shared) => {
+                    let another = shared.memory().try_clone();
+                    shared_memory = Some(shared);
+                    another.map_err(VmError::io("duplicating descriptors"))?
                 }
             };
             Start::Clone {

@@ -246,8 +246,9 @@ impl Restore {
             if let Some(filling) = filling {
                 filled(filling, &self.key).await?;
             }
-            if let Some(memory) = shared_memory {
-                resident::change(qemu.id(), memory, &self.changes).map_err(own_ids)?;
+            if let Some(shared) = shared_memory {
+                shared.filled().await?;
+                resident::change(qemu.id(), shared.memory(), &self.changes).map_err(own_ids)?;
             }
             qmp.restore_from(format!("fd:{state}")).await?;
             qmp.transferred().await?;
