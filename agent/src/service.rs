@@ -1,6 +1,6 @@
 //! The calls of the protocol. Thin: each says what it wants of whom.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use async_trait::async_trait;
 use coreos_kvm_proto::{
@@ -36,9 +36,10 @@ fn empty(result: Result<(), AgentError>) -> Answer<proto::Empty> {
     Ok(result.map(|()| proto::Empty::default())?)
 }
 
-fn made(pid: u32) -> proto::CreateProcessResponse {
+fn answer(pid: u32, begin: Instant) -> proto::CreateProcessResponse {
     proto::CreateProcessResponse {
         pid,
+        took_ns: u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX),
         ..Default::default()
     }
 }
@@ -113,11 +114,11 @@ impl Agent for Service {
             Some(create_container_request::Processes::OfPod(true)) => Processes::Pod,
             _ => Processes::Own,
         };
-        Ok(made(
-            self.containers
-                .create(&request.container_id, &request.spec, streams, processes)
-                .await?,
-        ))
+        let begin = Instant::now();
+        let made = self
+            .containers
+            .create(&request.container_id, &request.spec, streams, processes);
+        Ok(answer(made.await?, begin))
     }
 
     async fn create_exec(&self, _: &TtrpcContext, request: proto::CreateExecRequest) -> Answer<proto::Empty> {
@@ -142,9 +143,9 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: proto::ProcessRequest,
     ) -> Answer<proto::CreateProcessResponse> {
-        Ok(made(
-            self.containers.start(&request.container_id, &request.exec_id).await?,
-        ))
+        let begin = Instant::now();
+        let made = self.containers.start(&request.container_id, &request.exec_id);
+        Ok(answer(made.await?, begin))
     }
 
     async fn wait_process(

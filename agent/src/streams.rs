@@ -3,7 +3,7 @@
 
 use std::{io, sync::Arc, time::Duration};
 
-use coreos_kvm_proto::{FRAME_MAX, frame};
+use coreos_kvm_proto::frame;
 use futures::FutureExt as _;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_util::sync::CancellationToken;
@@ -12,6 +12,8 @@ use crate::{containers::Containers, process::Endpoint};
 
 /// The host says at once which stream it means.
 const HELLO: Duration = Duration::from_secs(10);
+/// Bytes of a frame with its header: what vsock sends at once (`VIRTIO_VSOCK_MAX_PKT_BUF_SIZE` in the kernel's virtio_vsock.h).
+const PACKET: usize = 64 * 1024;
 /// The host closes the connection as soon as it has read the end.
 const FAREWELL: Duration = Duration::from_secs(30);
 
@@ -46,7 +48,7 @@ async fn copy_out(
     stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
     forgotten: &CancellationToken,
 ) -> io::Result<()> {
-    let mut buffer = vec![0; frame::HEADER + FRAME_MAX];
+    let mut buffer = vec![0; PACKET];
     loop {
         let count = tokio::select! {
             biased;

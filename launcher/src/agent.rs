@@ -19,7 +19,7 @@ use crate::{console::harmless, vsock::VsockDialer};
 mod forward;
 mod stream;
 
-pub use stream::{StreamReader, StreamWriter};
+pub use stream::{Stream, StreamReader, StreamWriter};
 
 /// Calls that only look or signal.
 const SHORT: Duration = Duration::from_secs(10);
@@ -196,7 +196,7 @@ impl AgentClient {
         let answer = self.call("create the container", LONG, async |rpc, context| {
             rpc.create_container(context, &request).await
         });
-        Ok(answer.await?.pid)
+        Ok(made(id, "", &answer.await?))
     }
 
     /// Prepares a process in a container from the `process` object of the OCI specification (JSON).
@@ -234,7 +234,7 @@ impl AgentClient {
         let answer = self.call("start the process", LONG, async |rpc, context| {
             rpc.start_process(context, &request).await
         });
-        Ok(answer.await?.pid)
+        Ok(made(name.container_id, name.exec_id, &answer.await?))
     }
 
     /// Waits until the process has ended, however long that takes. The machine's end ends this call too.
@@ -346,12 +346,20 @@ impl AgentClient {
         .map(drop)
     }
 
+    /// A connection for one stream of a process, which need not be there yet. The guest keeps it for 10 s.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn stream(&self) -> io::Result<Stream> {
+        Stream::dial(&self.dialer).await
+    }
+
     /// What the process writes to its stdout or stderr.
     ///
     /// # Errors
     /// Of the connection.
     pub async fn output(&self, name: ProcessName<'_>, stderr: bool) -> io::Result<StreamReader> {
-        StreamReader::open(&self.dialer, name, stderr).await
+        self.stream().await?.output(name, stderr).await
     }
 
     /// The process's stdin.
@@ -359,7 +367,7 @@ impl AgentClient {
     /// # Errors
     /// Of the connection.
     pub async fn input(&self, name: ProcessName<'_>) -> io::Result<StreamWriter> {
-        StreamWriter::open(&self.dialer, name).await
+        self.stream().await?.input(name).await
     }
 
     async fn call<T, F: Future<Output = ttrpc::Result<T>>>(
@@ -409,6 +417,12 @@ impl AgentClient {
             _ => AgentError::Failed { what, message },
         }
     }
+}
+
+fn made(container_id: &str, exec_id: &str, answer: &proto::CreateProcessResponse) -> u32 {
+    let in_guest_us = answer.took_ns / 1000;
+    tracing::debug!(container_id, exec_id, in_guest_us, "the guest has done its part");
+    answer.pid
 }
 
 fn container_request(container_id: &str) -> proto::ContainerRequest {

@@ -28,7 +28,7 @@ use crate::{
     podspec::Role,
     process::{Exit, KILLED, Process, State},
     rootfs::ContainerFiles,
-    streams::Stdio,
+    streams::{Connections, Stdio},
 };
 
 /// How long an agent that cannot be reached is given to be reached again, or for its machine to end by itself.
@@ -99,7 +99,11 @@ impl Container {
                 .agent()
                 .create_container(wanted.id, json, init.stdio.wanted(), wanted.processes)
                 .await?;
-            if let Err(error) = init.copies.start(machine.agent(), init.name(), stdio).await {
+            let connected = async {
+                let connections = Connections::dial(machine.agent(), &init.stdio).await?;
+                init.copies.start(init.name(), stdio, connections).await
+            };
+            if let Err(error) = connected.await {
                 if let Err(problem) = machine.agent().delete_process(init.name()).await {
                     tracing::warn!(container_id = wanted.id, %problem, "the guest still has the container");
                 }
@@ -181,11 +185,17 @@ impl Container {
             }
             execs.insert(exec_id.to_owned(), process.clone());
         }
+        let begin = Instant::now();
         let prepared = async {
             let stdio = process.stdio.open().await?;
             let agent = self.machine.agent();
-            agent.create_exec(process.name(), spec, process.stdio.wanted()).await?;
-            let started = process.copies.start(agent, process.name(), stdio).await;
+            // At the same time: each is a way to the guest and back.
+            let (created, connections) = tokio::join!(
+                agent.create_exec(process.name(), spec, process.stdio.wanted()),
+                Connections::dial(agent, &process.stdio),
+            );
+            created?;
+            let started = async { process.copies.start(process.name(), stdio, connections?).await }.await;
             if started.is_ok() && self.init.is_running() {
                 return Ok(());
             }
@@ -198,6 +208,12 @@ impl Container {
             self.execs().remove(exec_id);
             return Err(error);
         }
+        tracing::debug!(
+            container_id = self.id,
+            exec_id,
+            took_us = begin.elapsed().as_micros(),
+            "the process is prepared"
+        );
         self.events.publish(&TaskExecAdded {
             container_id: self.id.clone(),
             exec_id: exec_id.to_owned(),
@@ -212,6 +228,7 @@ impl Container {
 
     /// Starts the init or a prepared process.
     pub(crate) async fn start(self: &Arc<Self>, exec_id: &str) -> Result<(), ShimError> {
+        let begin = Instant::now();
         let process = self.process(exec_id)?;
         let _turn = process.turn().await;
         match process.state() {
@@ -230,6 +247,12 @@ impl Container {
             self.machine.agent().start_process(process.name()).await?;
         }
         process.set_running();
+        tracing::debug!(
+            container_id = self.id,
+            exec_id,
+            took_us = begin.elapsed().as_micros(),
+            "the process runs"
+        );
         if process.is_init() {
             self.events.publish(&TaskStart {
                 container_id: self.id.clone(),

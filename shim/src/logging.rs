@@ -9,8 +9,8 @@ use std::{
 };
 
 use coreos_kvm_launcher::config::LogLevel;
-use tracing::level_filters::LevelFilter;
-use tracing_subscriber::{Layer, Registry, layer::SubscriberExt, reload, util::SubscriberInitExt};
+use tracing::{Level, Metadata, level_filters::LevelFilter};
+use tracing_subscriber::{Layer, Registry, filter::filter_fn, layer::SubscriberExt, reload, util::SubscriberInitExt};
 
 static LEVEL: OnceLock<reload::Handle<LevelFilter, Registry>> = OnceLock::new();
 
@@ -31,13 +31,18 @@ pub(crate) fn init(bundle: &Path, debug: bool) {
         .with_target(false)
         .with_writer(move || Lossy(fifo.clone()));
     if tracing_subscriber::registry()
-        .with(level.and_then(lines))
+        .with(level.and_then(lines.with_filter(filter_fn(is_of_the_pod))))
         .try_init()
         .is_ok()
     {
         let _ = LEVEL.set(handle);
     }
     std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "the shim panics")));
+}
+
+/// The libraries' own debugging, such as each frame of a connection with containerd, says nothing about the pod.
+fn is_of_the_pod(metadata: &Metadata<'_>) -> bool {
+    *metadata.level() <= Level::INFO || metadata.target().contains("coreos_kvm")
 }
 
 /// Logs what the admin wants to have logged; a shim started for debugging logs at least that.

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use coreos_kvm_launcher::agent::{AgentClient, ProcessName, StreamReader, StreamWriter};
+use coreos_kvm_launcher::agent::{AgentClient, ProcessName, Stream, StreamReader, StreamWriter};
 use coreos_kvm_proto::agent::Streams as Wanted;
 use tokio::{
     fs::File,
@@ -129,6 +129,31 @@ fn open_input(path: &str) -> Result<pipe::Receiver, ShimError> {
         .map_err(ShimError::while_doing(format!("opening {}", path.display())))
 }
 
+/// The guest's ends, of which it does not know yet whose they are.
+#[derive(Debug, Default)]
+pub(crate) struct Connections {
+    stdin: Option<Stream>,
+    stdout: Option<Stream>,
+    stderr: Option<Stream>,
+}
+
+impl Connections {
+    /// Connects as many as `stdio` needs.
+    ///
+    /// # Errors
+    /// When the guest cannot be reached.
+    pub(crate) async fn dial(agent: &AgentClient, stdio: &Stdio) -> Result<Self, ShimError> {
+        let wanted = stdio.wanted();
+        let dial = async |wanted: bool| match wanted {
+            true => agent.stream().await.map(Some),
+            false => Ok(None),
+        };
+        let (stdin, stdout, stderr) =
+            tokio::try_join!(dial(wanted.stdin), dial(wanted.stdout), dial(wanted.stderr)).map_err(not_connected)?;
+        Ok(Self { stdin, stdout, stderr })
+    }
+}
+
 /// The running copies of one process's streams.
 #[derive(Debug, Default)]
 pub(crate) struct Copies {
@@ -140,28 +165,30 @@ pub(crate) struct Copies {
 }
 
 impl Copies {
-    /// Connects the process's streams and starts to copy. The process may not have been started yet.
+    /// Starts to copy. The process has been created, but may not have been started yet.
     ///
     /// # Errors
     /// When the guest cannot be reached.
     pub(crate) async fn start(
         &self,
-        agent: &AgentClient,
         name: ProcessName<'_>,
         stdio: OpenStdio,
+        connections: Connections,
     ) -> Result<(), ShimError> {
-        let OpenStdio { stdin, stdout, stderr } = stdio;
+        let output = async |sink: Option<Sink>, stream: Option<Stream>, stderr| match sink.zip(stream) {
+            Some((sink, stream)) => Ok(Some((stream.output(name, stderr).await?, sink))),
+            None => Ok(None),
+        };
+        let input = async |stdin: Option<pipe::Receiver>, stream: Option<Stream>| match stdin.zip(stream) {
+            Some((stdin, stream)) => Ok(Some((stdin, stream.input(name).await?))),
+            None => Ok(None),
+        };
         let (input, output, errors) = tokio::try_join!(
-            async {
-                match stdin {
-                    Some(stdin) => Ok(Some((stdin, agent.input(name).await?))),
-                    None => Ok(None),
-                }
-            },
-            connect_output(agent, name, false, stdout),
-            connect_output(agent, name, true, stderr),
+            input(stdio.stdin, connections.stdin),
+            output(stdio.stdout, connections.stdout, false),
+            output(stdio.stderr, connections.stderr, true),
         )
-        .map_err(ShimError::while_doing::<io::Error>("connecting the process's streams"))?;
+        .map_err(not_connected)?;
         for (from, to) in [output, errors].into_iter().flatten() {
             let stop = self.stop_output.clone();
             self.outputs.spawn(async move {
@@ -220,16 +247,8 @@ impl Drop for Copies {
     }
 }
 
-async fn connect_output(
-    agent: &AgentClient,
-    name: ProcessName<'_>,
-    errors: bool,
-    sink: Option<Sink>,
-) -> io::Result<Option<(StreamReader, Sink)>> {
-    match sink {
-        Some(sink) => Ok(Some((agent.output(name, errors).await?, sink))),
-        None => Ok(None),
-    }
+fn not_connected(error: io::Error) -> ShimError {
+    ShimError::while_doing("connecting the process's streams")(error)
 }
 
 async fn copy_output(mut from: StreamReader, mut to: Sink) -> io::Result<()> {

@@ -11,6 +11,52 @@ use coreos_kvm_proto::{
 use super::ProcessName;
 use crate::vsock::{VsockDialer, VsockStream};
 
+/// A connection of which the guest has not been told yet which stream it is for.
+#[derive(Debug)]
+pub struct Stream(VsockStream);
+
+impl Stream {
+    pub(super) async fn dial(dialer: &VsockDialer) -> io::Result<Self> {
+        dialer.dial(STREAM_PORT).await.map(Self)
+    }
+
+    /// It is what the process writes to its stdout or stderr.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn output(self, name: ProcessName<'_>, stderr: bool) -> io::Result<StreamReader> {
+        let kind = if stderr { Kind::STDERR } else { Kind::STDOUT };
+        Ok(StreamReader {
+            stream: self.named(name, kind).await?,
+            buffer: Vec::new(),
+            ended: false,
+        })
+    }
+
+    /// It is the process's stdin.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn input(self, name: ProcessName<'_>) -> io::Result<StreamWriter> {
+        Ok(StreamWriter {
+            stream: self.named(name, Kind::STDIN).await?,
+            buffer: Vec::new(),
+        })
+    }
+
+    async fn named(self, name: ProcessName<'_>, kind: Kind) -> io::Result<VsockStream> {
+        let Self(mut stream) = self;
+        let hello = StreamHello {
+            container_id: name.container_id.to_owned(),
+            exec_id: name.exec_id.to_owned(),
+            kind: kind.into(),
+            ..Default::default()
+        };
+        frame::write_hello(&mut stream, &hello).await?;
+        Ok(stream)
+    }
+}
+
 /// What comes from the guest.
 #[derive(Debug)]
 pub struct StreamReader {
@@ -20,15 +66,6 @@ pub struct StreamReader {
 }
 
 impl StreamReader {
-    pub(super) async fn open(dialer: &VsockDialer, name: ProcessName<'_>, stderr: bool) -> io::Result<Self> {
-        let kind = if stderr { Kind::STDERR } else { Kind::STDOUT };
-        Ok(Self {
-            stream: open(dialer, name, kind).await?,
-            buffer: Vec::new(),
-            ended: false,
-        })
-    }
-
     /// The next bytes, at most 64 KiB of them; None at the end. As long as nobody asks, the process is held back.
     ///
     /// # Errors
@@ -49,13 +86,6 @@ pub struct StreamWriter {
 }
 
 impl StreamWriter {
-    pub(super) async fn open(dialer: &VsockDialer, name: ProcessName<'_>) -> io::Result<Self> {
-        Ok(Self {
-            stream: open(dialer, name, Kind::STDIN).await?,
-            buffer: Vec::new(),
-        })
-    }
-
     /// Sends bytes, any number of them; returns when the guest has taken all but what its buffers hold.
     ///
     /// # Errors
@@ -77,16 +107,4 @@ impl StreamWriter {
     pub async fn finish(mut self) -> io::Result<()> {
         frame::write_end(&mut self.stream).await
     }
-}
-
-async fn open(dialer: &VsockDialer, name: ProcessName<'_>, kind: Kind) -> io::Result<VsockStream> {
-    let mut stream = dialer.dial(STREAM_PORT).await?;
-    let hello = StreamHello {
-        container_id: name.container_id.to_owned(),
-        exec_id: name.exec_id.to_owned(),
-        kind: kind.into(),
-        ..Default::default()
-    };
-    frame::write_hello(&mut stream, &hello).await?;
-    Ok(stream)
 }

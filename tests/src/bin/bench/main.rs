@@ -1,14 +1,20 @@
 //! Measures what a pod costs, as ratios of things measured in the same run, and shows a table.
 //!
 //! - [`clones`]: pods whose machines are clones of templates
+//! - [`exec`]: a further process in a container
 //! - [`goals`]: what they are to cost, and the chart of what they do
 //! - [`library`]: what the translation of configurations costs
+//! - [`shim`]: calls of a pod's shim
+//! - [`stream`]: what a container writes
 //! - [`table`]: samples and figures
 
 mod clones;
+mod exec;
 mod files;
 mod goals;
 mod library;
+mod shim;
+mod stream;
 mod table;
 
 use std::collections::BTreeMap;
@@ -33,6 +39,8 @@ use table::{Samples, Table};
 const BOOTED: &str = "booted";
 /// A handler whose pods are clones with a copy of their template's memory.
 const COPIED: &str = "copied";
+/// A handler whose shims log what their calls take.
+const LOGGED: &str = "logged";
 const BOOT_BOUND: Duration = Duration::from_secs(240);
 const MB: f64 = 1_000_000.0;
 
@@ -61,6 +69,9 @@ struct Arguments {
     /// Measures one part alone
     #[arg(long)]
     only: Option<Part>,
+    /// Writes a stream, as a program in a guest
+    #[arg(long, hide = true)]
+    send: Option<stream::Target>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -75,6 +86,10 @@ enum Part {
     Files,
     /// A running pod
     Pod,
+    /// What the shim adds to an exec
+    Exec,
+    /// What a container writes
+    Streams,
 }
 
 impl Arguments {
@@ -85,7 +100,12 @@ impl Arguments {
 
 fn main() -> ExitCode {
     init::become_init_if_asked();
-    match measure(&Arguments::parse()) {
+    let arguments = Arguments::parse();
+    let done = match arguments.send {
+        Some(target) => stream::send(target),
+        None => measure(&arguments),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
@@ -109,7 +129,9 @@ fn measure(arguments: &Arguments) -> Result<()> {
     if arguments.only != Some(Part::Library) {
         let booted = Handler::variant(BOOTED).set("templates", "\"off\"");
         let copied = Handler::variant(COPIED).set("clone_mode", "\"copy\"");
-        let node = Node::start("bench", arguments.containerd, &[Handler::standard(), booted, copied])?;
+        let logged = Handler::variant(LOGGED).set("log_level", "\"debug\"");
+        let handlers = [Handler::standard(), booted, copied, logged];
+        let node = Node::start("bench", arguments.containerd, &handlers)?;
         let bench = Bench {
             cri: Cri::connect(&node)?,
             node: &node,
@@ -126,6 +148,12 @@ fn measure(arguments: &Arguments) -> Result<()> {
         }
         if arguments.measure(Part::Pod) {
             bench.running_pod(&mut table)?;
+        }
+        if arguments.measure(Part::Exec) {
+            bench.exec_added(&mut table)?;
+        }
+        if arguments.measure(Part::Streams) {
+            bench.streams(&mut table)?;
         }
     }
     table.print();
@@ -241,45 +269,6 @@ impl Bench<'_> {
         );
         self.cri.stop_pod(&id)?;
         self.cri.remove_pod(&id)
-    }
-
-    fn execs(&self, table: &mut Table, container: &str) -> Result<()> {
-        let (mut execs, mut spawns) = (Samples::default(), Samples::default());
-        for _ in 0..self.arguments.execs {
-            let begun = Instant::now();
-            ensure!(
-                self.cri.exec(container, &["/bin/true"])?.exit_code == 0,
-                "/bin/true failed"
-            );
-            execs.add(begun.elapsed().as_secs_f64() * 1000.0);
-        }
-        // The clock of /proc/uptime has hundredths: many spawns a measurement.
-        let count = 40;
-        let script = format!(
-            "read a x </proc/uptime; i=0; while [ $i -lt {count} ]; do /bin/true; i=$((i + 1)); done; read b x </proc/uptime; echo $a $b"
-        );
-        for _ in 0..5 {
-            let said = self.cri.exec(container, &["sh", "-c", &script])?;
-            let times: Vec<f64> = said
-                .stdout
-                .split_whitespace()
-                .filter_map(|time| time.parse().ok())
-                .collect();
-            let [begun, ended] = times[..] else {
-                anyhow::bail!("the guest's clock said {:?}", said.stdout)
-            };
-            spawns.add((ended - begun) * 1000.0 / f64::from(count));
-        }
-        table.ratio(
-            "exec_over_spawn",
-            "exec of /bin/true by containerd, over its spawn in the guest",
-            &execs,
-            &spawns,
-            3.0,
-        );
-        table.samples("exec_ms", "exec of /bin/true by containerd", "ms", &execs, None);
-        table.samples("spawn_ms", "spawn of /bin/true in the guest", "ms", &spawns, None);
-        Ok(())
     }
 
     fn agent_rss_mb(&self, sandbox: &str) -> Result<f64> {

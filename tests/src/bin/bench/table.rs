@@ -52,20 +52,33 @@ impl Table {
     }
 
     pub(crate) fn ratio(&mut self, key: &str, what: &str, over: &Samples, under: &Samples, limit: f64) {
-        let range = format!("{:.2} to {:.2}", over.min() / under.max(), over.max() / under.min());
-        self.row(key, what, "", over.median() / under.median(), range, Some(limit));
+        let value = over.median() / under.median();
+        self.row(key, what, "", value, ratios(over, under), Some(limit));
+    }
+
+    /// A ratio of which more is better.
+    pub(crate) fn at_least(&mut self, key: &str, what: &str, (over, under): (&Samples, &Samples), limit: f64) {
+        let value = over.median() / under.median();
+        self.row_with(
+            key,
+            what,
+            "",
+            value,
+            ratios(over, under),
+            goal("at least", limit, value >= limit),
+        );
     }
 
     fn row(&mut self, key: &str, what: &str, unit: &str, value: f64, range: String, limit: Option<f64>) {
+        let goal = limit.map(|limit| goal("at most", limit, value <= limit));
+        self.row_with(key, what, unit, value, range, goal.unwrap_or_default());
+    }
+
+    fn row_with(&mut self, key: &str, what: &str, unit: &str, value: f64, range: String, goal: String) {
         self.figures
             .insert(key.to_owned(), json!((value * 1000.0).round() / 1000.0));
-        let limit = limit.map(|limit| {
-            let word = if value <= limit { "held" } else { "MISSED" };
-            format!("at most {limit}: {word}")
-        });
         let value = format!("{value:.2} {unit}");
-        self.rows
-            .push([key.to_owned(), what.to_owned(), value, range, limit.unwrap_or_default()]);
+        self.rows.push([key.to_owned(), what.to_owned(), value, range, goal]);
     }
 
     pub(crate) fn print(&self) {
@@ -81,4 +94,12 @@ impl Table {
     pub(crate) fn json(&self) -> Value {
         Value::Object(self.figures.clone())
     }
+}
+
+fn ratios(over: &Samples, under: &Samples) -> String {
+    format!("{:.2} to {:.2}", over.min() / under.max(), over.max() / under.min())
+}
+
+fn goal(side: &str, limit: f64, is_held: bool) -> String {
+    format!("{side} {limit}: {}", if is_held { "held" } else { "MISSED" })
 }
