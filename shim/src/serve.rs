@@ -1,9 +1,9 @@
-//! The shim's main part: serves containerd's Task API for one pod, from its first container to its last.
+//! The shim's main part: serves containerd's Task API and its Sandbox API for one pod, from its first container to its last.
 
 use std::{
     env, io,
     os::{fd::AsFd, unix::net::UnixListener as StdListener},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -28,8 +28,9 @@ use crate::{
     containerd::Containerd,
     events::{self, Events},
     hypervisor::Qemu,
-    logging,
+    logging, options,
     pod::Pod,
+    sandbox::SandboxService,
     service::Service,
 };
 
@@ -89,6 +90,7 @@ async fn served(flags: &Flags, socket: StdListener) -> anyhow::Result<()> {
         address: flags.address.clone(),
         namespace: flags.namespace.clone(),
     };
+    let config = env::var_os(options::CONFIG).map(PathBuf::from);
     let pod = Arc::new(Pod::new(Box::new(Qemu), Some(containerd), events));
 
     socket.set_nonblocking(true).context("preparing the socket")?;
@@ -99,7 +101,8 @@ async fn served(flags: &Flags, socket: StdListener) -> anyhow::Result<()> {
     });
     let mut server = Server::new()
         .add_listener(Listener::new(incoming))
-        .register_service(Service::new(pod.clone()).both_versions());
+        .register_service(Service::new(pod.clone()).both_versions())
+        .register_service(SandboxService::new(pod.clone(), config).named());
     server.start().await.context("serving")?;
     tracing::info!(id = flags.id, version = env!("CARGO_PKG_VERSION"), "the shim serves");
 

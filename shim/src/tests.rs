@@ -33,6 +33,7 @@ mod calls;
 mod failures;
 mod fake;
 mod lives;
+mod sandboxes;
 mod sizes;
 
 const SOON: Duration = Duration::from_secs(10);

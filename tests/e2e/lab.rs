@@ -9,7 +9,7 @@ use kubeception_tests::artifacts::Containerd;
 use kubeception_tests::cri::{COREOS_KVM, Cri, message};
 use kubeception_tests::image;
 use kubeception_tests::leftovers::Snapshot;
-use kubeception_tests::node::{Handler, Node, Place};
+use kubeception_tests::node::{Handler, Node, Place, Sandboxer};
 use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::{Failed, Trial};
 
@@ -106,12 +106,14 @@ pub(crate) struct Lab {
     name: String,
     pub(crate) start: Start,
     version: Containerd,
+    sandboxer: Sandboxer,
     handlers: Vec<Handler>,
     started: OnceLock<Result<Started, String>>,
 }
 
 struct Started {
     start: Start,
+    sandboxer: Sandboxer,
     /// Held for writing by a trial that needs the node for itself.
     node: RwLock<Node>,
     cri: Cri,
@@ -147,12 +149,25 @@ impl Deref for Together<'_> {
 }
 
 impl Lab {
-    pub(crate) fn new(name: &str, version: Containerd, start: Start, handlers: Vec<Handler>) -> Arc<Self> {
+    /// A lab whose handlers all have this sandboxer.
+    pub(crate) fn new(
+        name: &str,
+        version: Containerd,
+        sandboxer: Sandboxer,
+        start: Start,
+        handlers: Vec<Handler>,
+    ) -> Arc<Self> {
+        let handlers = handlers.into_iter().map(|handler| handler.sandboxer(sandboxer));
+        let suffix = match sandboxer {
+            Sandboxer::PodSandbox => "",
+            Sandboxer::Shim => "-sandbox",
+        };
         Arc::new(Self {
-            name: name.to_owned(),
+            name: format!("{name}{suffix}"),
             start,
             version,
-            handlers,
+            sandboxer,
+            handlers: handlers.collect(),
             started: OnceLock::new(),
         })
     }
@@ -190,7 +205,11 @@ impl Lab {
             Start::Clone => "",
             Start::Boot => ", booted",
         };
-        Trial::test(format!("containerd {}{how}: {name}", self.version), move || {
+        let by = match self.sandboxer {
+            Sandboxer::PodSandbox => "",
+            Sandboxer::Shim => ", sandboxer shim",
+        };
+        Trial::test(format!("containerd {}{by}{how}: {name}", self.version), move || {
             let begun = Instant::now();
             run().map_err(|error| {
                 let seconds = begun.elapsed().as_secs_f32();
@@ -206,6 +225,7 @@ impl Lab {
                 let cri = Cri::connect(&node)?;
                 anyhow::Ok(Started {
                     start: self.start,
+                    sandboxer: self.sandboxer,
                     node: RwLock::new(node),
                     cri,
                     shared: Mutex::new(None),
@@ -296,6 +316,10 @@ impl Alone<'_> {
 impl Together<'_> {
     pub(crate) fn machine_start(&self) -> Start {
         self.started.start
+    }
+
+    pub(crate) fn sandboxer(&self) -> Sandboxer {
+        self.started.sandboxer
     }
 
     /// The pod that trials share, started by the first.

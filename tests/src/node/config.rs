@@ -12,12 +12,51 @@ use crate::artifacts::{self, Containerd};
 use crate::cri::COREOS_KVM;
 use crate::image;
 
+/// Who makes the sandboxes of an entry's pods: `sandboxer` in containerd's configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Sandboxer {
+    /// containerd itself, as containers, by the Task API.
+    #[default]
+    PodSandbox,
+    /// The shim, by the Sandbox API.
+    Shim,
+}
+
+impl Sandboxer {
+    pub const ALL: [Self; 2] = [Self::PodSandbox, Self::Shim];
+
+    /// containerd's name for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PodSandbox => "podsandbox",
+            Self::Shim => "shim",
+        }
+    }
+
+    /// Whether this containerd has it.
+    pub fn is_in(self, version: Containerd) -> bool {
+        self == Self::PodSandbox || version >= Containerd::V2_1
+    }
+}
+
+impl std::str::FromStr for Sandboxer {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|sandboxer| text == sandboxer.name())
+            .ok_or_else(|| format!("there is no sandboxer {text}, only podsandbox and shim"))
+    }
+}
+
 /// One entry of this runtime in containerd's configuration, with a config.toml of its own.
 #[derive(Debug, Clone)]
 pub struct Handler {
     name: String,
     /// Keys of config.toml and their values as TOML.
     settings: BTreeMap<String, String>,
+    sandboxer: Sandboxer,
 }
 
 impl Handler {
@@ -26,6 +65,7 @@ impl Handler {
         Self {
             name: COREOS_KVM.to_owned(),
             settings: BTreeMap::new(),
+            sandboxer: Sandboxer::default(),
         }
     }
 
@@ -40,6 +80,12 @@ impl Handler {
     /// Sets a key of config.toml, to a value as it stands in TOML.
     pub fn set(mut self, key: &str, value: impl Into<String>) -> Self {
         self.settings.insert(key.to_owned(), value.into());
+        self
+    }
+
+    /// Has its sandboxes made by another than containerd itself.
+    pub fn sandboxer(mut self, sandboxer: Sandboxer) -> Self {
+        self.sandboxer = sandboxer;
         self
     }
 
@@ -186,10 +232,16 @@ state = "/run/containerd"
   pod_annotations = ["coreos-kvm.io/*"]
   container_annotations = ["coreos-kvm.io/*"]
   privileged_without_host_devices = true
+  {sandboxer}
   [{cri}.containerd.runtimes.{name}.options]
     ConfigPath = {config:?}
 "#,
             name = handler.name,
+            // What is the default has no line: older versions have no such key.
+            sandboxer = match handler.sandboxer {
+                Sandboxer::PodSandbox => "",
+                Sandboxer::Shim => "sandboxer = \"shim\"",
+            },
             config = handler.config_path(place),
         );
     }
