@@ -75,10 +75,9 @@ fn serve_in_background(flags: &Flags, config: Option<&Path>, listener: UnixListe
     if flags.debug {
         command.arg("-debug");
     }
-    match config {
-        Some(config) => command.env(options::CONFIG, config),
-        None => command.env_remove(options::CONFIG),
-    };
+    if let Some(config) = config {
+        command.env(options::CONFIG, config);
+    }
     command
         .stdin(OwnedFd::from(listener))
         .stdout(Stdio::null())

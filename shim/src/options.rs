@@ -13,8 +13,9 @@ use protobuf::{Message as _, well_known_types::any::Any};
 
 use crate::error::{ShimError, sentence};
 
-/// Variable in the environment of a shim that its start has told the configuration file.
-pub(crate) const CONFIG: &str = "COREOS_KVM_SHIM_CONFIG";
+/// Variable in the environment that names the configuration file where the runtime's options do not: they cannot with containerd 2.0 to
+/// 2.2 and `sandboxer = "shim"`, for these take the options of every such runtime for runc's.
+pub(crate) const CONFIG: &str = "COREOS_KVM_CONFIG";
 
 /// They are some hundred bytes; what is longer is none.
 const LENGTH_MAX: u64 = 1 << 20;

@@ -39,6 +39,7 @@ pub(crate) struct Pod {
     hypervisor: Box<dyn Hypervisor>,
     containerd: Option<Containerd>,
     events: Events,
+    config: Option<PathBuf>,
     contents: Mutex<Contents>,
     /// Held while limits are changed, and the machine's size with them.
     resizing: tokio::sync::Mutex<()>,
@@ -64,7 +65,7 @@ struct Contents {
 pub(crate) struct WantedSandbox {
     pub(crate) pod: PodSpec,
     pub(crate) bundle: String,
-    /// The configuration file that the runtime's entry in containerd's names.
+    /// The configuration file, where it comes along.
     pub(crate) config: Option<PathBuf>,
 }
 
@@ -84,12 +85,19 @@ impl Wish {
 }
 
 impl Pod {
-    /// An empty pod. Without a `containerd` its ports are not asked for.
-    pub(crate) fn new(hypervisor: Box<dyn Hypervisor>, containerd: Option<Containerd>, events: Events) -> Self {
+    /// An empty pod. Without a `containerd` its ports are not asked for. `config` is the configuration file of a machine that comes
+    /// without one.
+    pub(crate) fn new(
+        hypervisor: Box<dyn Hypervisor>,
+        containerd: Option<Containerd>,
+        events: Events,
+        config: Option<PathBuf>,
+    ) -> Self {
         Self {
             hypervisor,
             containerd,
             events,
+            config,
             contents: Mutex::default(),
             resizing: tokio::sync::Mutex::default(),
             closing: CancellationToken::new(),
@@ -311,7 +319,8 @@ impl Pod {
             }
         }
         let (pod, bundle) = (&wanted.pod, Path::new(&wanted.bundle));
-        let config = Config::load_or_default(wanted.config.as_deref()).map_err(ShimError::invalid)?;
+        let config = wanted.config.as_ref().or(self.config.as_ref());
+        let config = Config::load_or_default(config.map(PathBuf::as_path)).map_err(ShimError::invalid)?;
         logging::set_level(config.log_level);
         let machine = pod.machine(&config)?;
         let netns = match &machine.network {

@@ -1,7 +1,7 @@
 //! containerd's Sandbox API (`api/runtime/sandbox/v1` in its tree), beside the Task API: with `sandboxer = "shim"` it makes, follows and
 //! ends the pod's machine by this, and containers in it by the other. Thin: each call says what it wants of the pod.
 
-use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use containerd_shim_protos::{
@@ -41,13 +41,11 @@ const NOT_READY: &str = "SANDBOX_NOTREADY";
 #[derive(Clone)]
 pub(crate) struct SandboxService {
     pod: Arc<Pod>,
-    config: Option<PathBuf>,
 }
 
 impl SandboxService {
-    /// `config` is the configuration file that the runtime's entry in containerd's names.
-    pub(crate) fn new(pod: Arc<Pod>, config: Option<PathBuf>) -> Self {
-        Self { pod, config }
+    pub(crate) fn new(pod: Arc<Pod>) -> Self {
+        Self { pod }
     }
 
     pub(crate) fn named(&self) -> HashMap<String, ttrpc::r#async::Service> {
@@ -59,7 +57,8 @@ impl SandboxService {
         let wanted = WantedSandbox {
             pod: PodSpec::of_cri(&request.sandbox_id, &config, &request.netns_path)?,
             bundle: request.bundle_path.clone(),
-            config: self.config.clone(),
+            // The start was told.
+            config: None,
         };
         self.pod.create_sandbox(wanted).await.map(drop)
     }

@@ -19,7 +19,7 @@ use nix::{
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use ttrpc::r#async::{Server, transport::Listener};
 
@@ -38,6 +38,8 @@ use crate::{
 const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 /// Longest time for the last events and answers to reach containerd.
 const FAREWELL: Duration = Duration::from_secs(5);
+/// From an answer to the end of its connection: containerd's client may take note of that first, and the call has failed then.
+const HEARD: Duration = Duration::from_millis(500);
 /// What a guest is given to power off when the node goes down.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -91,7 +93,7 @@ async fn served(flags: &Flags, socket: StdListener) -> anyhow::Result<()> {
         namespace: flags.namespace.clone(),
     };
     let config = env::var_os(options::CONFIG).map(PathBuf::from);
-    let pod = Arc::new(Pod::new(Box::new(Qemu), Some(containerd), events));
+    let pod = Arc::new(Pod::new(Box::new(Qemu), Some(containerd), events, config));
 
     socket.set_nonblocking(true).context("preparing the socket")?;
     let listener = UnixListener::from_std(socket).context("preparing the socket")?;
@@ -102,7 +104,7 @@ async fn served(flags: &Flags, socket: StdListener) -> anyhow::Result<()> {
     let mut server = Server::new()
         .add_listener(Listener::new(incoming))
         .register_service(Service::new(pod.clone()).both_versions())
-        .register_service(SandboxService::new(pod.clone(), config).named());
+        .register_service(SandboxService::new(pod.clone()).named());
     server.start().await.context("serving")?;
     tracing::info!(id = flags.id, version = env!("CARGO_PKG_VERSION"), "the shim serves");
 
@@ -115,7 +117,8 @@ async fn served(flags: &Flags, socket: StdListener) -> anyhow::Result<()> {
     };
     pod.end(grace).await;
 
-    // The answer to Shutdown is still on its way; then the last events are.
+    // The answer to who asked for the end is still on its way; then the last events are.
+    sleep(HEARD).await;
     let _ = timeout(FAREWELL, server.shutdown()).await;
     drop((server, pod));
     let _ = timeout(FAREWELL, forwarding).await;

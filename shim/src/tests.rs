@@ -82,7 +82,12 @@ impl Node {
         };
         let (sink, events) = Events::queue("k8s.io");
         Self {
-            pod: Arc::new(Pod::new(Box::new(hypervisor), None, sink)),
+            pod: Arc::new(Pod::new(
+                Box::new(hypervisor),
+                None,
+                sink,
+                Some(root.path().join("config.toml")),
+            )),
             root,
             guest,
             machine,

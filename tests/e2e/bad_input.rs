@@ -14,7 +14,7 @@ use kubeception_tests::node::{Handler, Place, Sandboxer};
 use kubeception_tests::pod::Pod;
 use libtest_mimic::Trial;
 
-use crate::lab::{Alone, CONFIG_INLINE, Lab, OwnPod, Start};
+use crate::lab::{Alone, CONFIG_INLINE, Lab, OwnPod, Start, node_name};
 
 /// How long a refusal may take.
 const SOON: Duration = Duration::from_secs(10);
@@ -26,7 +26,7 @@ const NEVER_UP: u64 = 20;
 /// A node of its own: each trial looks at all that is on it.
 pub(crate) fn lab(version: Containerd, sandboxer: Sandboxer, start: Start) -> Arc<Lab> {
     let name = format!("bad-{version}");
-    let base = Place::new(&name).base().to_owned();
+    let base = Place::new(&node_name(&name, sandboxer)).base().to_owned();
     let path = |file: &str| format!("{:?}", base.join(file).display().to_string());
     let handlers = vec![
         start.handler(),

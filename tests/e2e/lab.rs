@@ -1,5 +1,6 @@
 //! The nodes that the trials run on, and the pods that trials share.
 
+use std::fs;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
@@ -148,6 +149,14 @@ impl Deref for Together<'_> {
     }
 }
 
+/// The name of a lab's node.
+pub(crate) fn node_name(name: &str, sandboxer: Sandboxer) -> String {
+    match sandboxer {
+        Sandboxer::PodSandbox => name.to_owned(),
+        Sandboxer::Shim => format!("{name}-sandbox"),
+    }
+}
+
 impl Lab {
     /// A lab whose handlers all have this sandboxer.
     pub(crate) fn new(
@@ -158,12 +167,8 @@ impl Lab {
         handlers: Vec<Handler>,
     ) -> Arc<Self> {
         let handlers = handlers.into_iter().map(|handler| handler.sandboxer(sandboxer));
-        let suffix = match sandboxer {
-            Sandboxer::PodSandbox => "",
-            Sandboxer::Shim => "-sandbox",
-        };
         Arc::new(Self {
-            name: format!("{name}{suffix}"),
+            name: node_name(name, sandboxer),
             start,
             version,
             sandboxer,
@@ -223,6 +228,13 @@ impl Lab {
             let start = || {
                 let node = Node::start(&self.name, self.version, &self.handlers)?;
                 let cri = Cri::connect(&node)?;
+                if self.sandboxer == Sandboxer::Shim {
+                    // The first such pod makes them, and they stay.
+                    for folder in [node.place().run().join("containerd"), node.place().root()] {
+                        let sandboxes = folder.join("io.containerd.sandbox.controller.v1.shim");
+                        fs::create_dir_all(sandboxes.join("k8s.io"))?;
+                    }
+                }
                 anyhow::Ok(Started {
                     start: self.start,
                     sandboxer: self.sandboxer,

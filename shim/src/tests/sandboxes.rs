@@ -24,7 +24,7 @@ macro_rules! of_sandbox {
 
 impl Node {
     fn sandboxes(&self) -> SandboxService {
-        SandboxService::new(self.pod.clone(), Some(self.root.path().join("config.toml")))
+        SandboxService::new(self.pod.clone())
     }
 
     fn create_request(&self, config: &PodSandboxConfig) -> CreateSandboxRequest {

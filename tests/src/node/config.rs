@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -11,6 +11,9 @@ use super::Place;
 use crate::artifacts::{self, Containerd};
 use crate::cri::COREOS_KVM;
 use crate::image;
+
+/// The shim's program.
+const SHIM: &str = "containerd-shim-coreos-kvm-v2";
 
 /// Who makes the sandboxes of an entry's pods: `sandboxer` in containerd's configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -94,6 +97,32 @@ impl Handler {
         place.base().join(format!("{}.toml", self.name))
     }
 
+    /// Its entry in containerd's configuration.
+    fn entry(&self, place: &Place) -> String {
+        let runtime = format!(
+            r#"plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{}"#,
+            self.name
+        );
+        let (runtime_type, further) = match self.sandboxer {
+            Sandboxer::PodSandbox => (
+                COREOS_KVM,
+                format!("[{runtime}.options]\n  ConfigPath = {:?}", self.config_path(place)),
+            ),
+            // With options no container would start on containerd 2.0 to 2.2.
+            Sandboxer::Shim => (self.name.as_str(), "sandboxer = \"shim\"".to_owned()),
+        };
+        format!(
+            r#"
+[{runtime}]
+  runtime_type = "io.containerd.{runtime_type}.v2"
+  pod_annotations = ["coreos-kvm.io/*"]
+  container_annotations = ["coreos-kvm.io/*"]
+  privileged_without_host_devices = true
+  {further}
+"#
+        )
+    }
+
     fn config(&self, place: &Place) -> Result<String> {
         let text = |path: PathBuf| format!("{:?}", path.display().to_string());
         let mut settings = BTreeMap::from([
@@ -117,7 +146,7 @@ impl Handler {
 }
 
 pub(super) fn write(place: &Place, version: Containerd, handlers: &[Handler]) -> Result<()> {
-    link_programs(place, version, !handlers.is_empty())?;
+    link_programs(place, version, handlers)?;
     if !handlers.is_empty() {
         symlink(artifacts::guests()?.join("reference"), place.guests().join("reference"))
             .context("linking the guest")?;
@@ -134,16 +163,31 @@ fn write_file(path: &Path, text: &str) -> Result<()> {
 }
 
 /// containerd finds shims by its PATH.
-fn link_programs(place: &Place, version: Containerd, with_runtime: bool) -> Result<()> {
+fn link_programs(place: &Place, version: Containerd, handlers: &[Handler]) -> Result<()> {
     let folder = artifacts::containerd(version)?;
     let mut programs = ["containerd", "ctr", "containerd-shim-runc-v2"]
         .map(|name| folder.join(name))
         .to_vec();
     programs.push(artifacts::runc()?);
-    if with_runtime {
-        programs.push(artifacts::program("containerd-shim-coreos-kvm-v2")?);
+    for handler in handlers {
+        let shim = artifacts::program(SHIM)?;
+        if handler.sandboxer == Sandboxer::PodSandbox {
+            programs.push(shim);
+            continue;
+        }
+        let path = place.programs().join(format!("containerd-shim-{}-v2", handler.name));
+        let config = handler.config_path(place);
+        write_file(
+            &path,
+            &format!("#!/bin/sh\nCOREOS_KVM_CONFIG={config:?} exec {shim:?} \"$@\"\n"),
+        )?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    }
+    if !handlers.is_empty() {
         programs.push(artifacts::program("coreos-kvm")?);
     }
+    programs.sort();
+    programs.dedup();
     for program in programs {
         let name = program
             .file_name()
@@ -224,26 +268,6 @@ state = "/run/containerd"
         registries = place.registries(),
         runc = artifacts::runc()?,
     );
-    for handler in handlers {
-        text += &format!(
-            r#"
-[{cri}.containerd.runtimes.{name}]
-  runtime_type = "io.containerd.coreos-kvm.v2"
-  pod_annotations = ["coreos-kvm.io/*"]
-  container_annotations = ["coreos-kvm.io/*"]
-  privileged_without_host_devices = true
-  {sandboxer}
-  [{cri}.containerd.runtimes.{name}.options]
-    ConfigPath = {config:?}
-"#,
-            name = handler.name,
-            // What is the default has no line: older versions have no such key.
-            sandboxer = match handler.sandboxer {
-                Sandboxer::PodSandbox => "",
-                Sandboxer::Shim => "sandboxer = \"shim\"",
-            },
-            config = handler.config_path(place),
-        );
-    }
+    text.extend(handlers.iter().map(|handler| handler.entry(place)));
     Ok(text)
 }
