@@ -51,7 +51,7 @@ fn run() -> Result<ExitCode> {
         let handlers = [start.handler()].into_iter().chain(full::handlers(start)).collect();
         let lab = Lab::new(version.short(), version, sandboxer, start, handlers);
         if sandboxer == Sandboxer::Shim && choice.sandboxer.is_none() {
-            trials.extend(sandbox::chosen_trials(&lab));
+            trials.extend(sandbox::chosen_trials(&lab)?);
             labs.push(lab);
             continue;
         }

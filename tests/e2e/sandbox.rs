@@ -19,9 +19,28 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     ]
 }
 
-/// Those, and of all others what goes another way than with containerd's own sandboxes.
-pub(crate) fn chosen_trials(lab: &Arc<Lab>) -> Vec<Trial> {
-    let all = [
+/// Of all others, those that go another way than with containerd's own sandboxes: by words of their names.
+const CHOSEN: [&str; 12] = [
+    "the pod is ready and has an address",
+    "a Container Linux Config in a ConfigMap",
+    "environment, hostname and resolv.conf",
+    "a container's exit code",
+    "statistics",
+    "a web server answers",
+    "is forwarded",
+    "containers that share their processes",
+    "events: create",
+    "containerd's restart loses nothing",
+    "QEMU killed",
+    "the shim killed",
+];
+
+/// These trials, and the chosen ones.
+///
+/// # Errors
+/// When there is no trial of a name.
+pub(crate) fn chosen_trials(lab: &Arc<Lab>) -> Result<Vec<Trial>> {
+    let others = [
         machine::trials,
         container::trials,
         network::trials,
@@ -30,25 +49,15 @@ pub(crate) fn chosen_trials(lab: &Arc<Lab>) -> Vec<Trial> {
         death::trials,
         death::further_trials,
     ];
-    const CHOSEN: [&str; 12] = [
-        "the pod is ready and has an address",
-        "a Container Linux Config in a ConfigMap",
-        "environment, hostname and resolv.conf",
-        "a container's exit code",
-        "statistics",
-        "a web server answers",
-        "is forwarded",
-        "containers that share their processes",
-        "events: create",
-        "containerd's restart loses nothing",
-        "QEMU killed",
-        "the shim killed",
-    ];
-    let chosen = all
+    let others: Vec<_> = others.into_iter().flat_map(|trials| trials(lab)).collect();
+    for words in CHOSEN {
+        let found = others.iter().any(|trial| trial.name().contains(words));
+        ensure!(found, "there is no trial about {words:?}");
+    }
+    let chosen = others
         .into_iter()
-        .flat_map(|trials| trials(lab))
         .filter(|trial| CHOSEN.iter().any(|words| trial.name().contains(words)));
-    chosen.chain(trials(lab)).collect()
+    Ok(chosen.chain(trials(lab)).collect())
 }
 
 fn info(lab: &Together<'_>) -> Result<()> {
