@@ -17,20 +17,25 @@ use anyhow::{Context, bail};
 use containerd_shim::{Flags, socket_address};
 use nix::sys::stat::{Mode, umask};
 
-use crate::{bundle, podspec};
+use crate::{bundle, options, podspec};
 
-/// Answers the address of the shim that looks after the container `flags.id`.
+/// Answers the address of the shim that looks after the sandbox or container `flags.id`.
 pub(crate) fn start(flags: &Flags) -> anyhow::Result<String> {
     let bundle = std::env::current_dir().context("the bundle, the current directory, is gone")?;
-    let spec = bundle::spec(&bundle)?;
-    let group = podspec::sandbox_id(&spec).unwrap_or(&flags.id);
-    let address = socket_address(&flags.address, &flags.namespace, group);
+    let (group, config) = if bundle::is_sandbox(&bundle) {
+        // Its creation comes with the pod's configuration in place of the runtime's options.
+        (flags.id.clone(), options::at_start(flags)?)
+    } else {
+        let spec = bundle::spec(&bundle)?;
+        (podspec::sandbox_id(&spec).unwrap_or(&flags.id).to_owned(), None)
+    };
+    let address = socket_address(&flags.address, &flags.namespace, &group);
     let socket = socket_path(&address);
     if UnixStream::connect(&socket).is_err() {
         if group != flags.id {
             bail!("the shim of the pod {group} does not run any more, and its machine with it");
         }
-        serve_in_background(flags, listen(&socket)?)?;
+        serve_in_background(flags, config.as_deref(), listen(&socket)?)?;
     }
     bundle::write_address(&bundle, &address).context("writing the shim's address into the bundle")?;
     Ok(address)
@@ -60,7 +65,7 @@ fn listen(socket: &Path) -> anyhow::Result<UnixListener> {
 
 /// Runs this program once more, without an action: it serves on the socket that is its stdin, and lives as long as the pod.
 /// containerd may connect at once; who comes before the shim is up waits in the socket's queue.
-fn serve_in_background(flags: &Flags, listener: UnixListener) -> anyhow::Result<()> {
+fn serve_in_background(flags: &Flags, config: Option<&Path>, listener: UnixListener) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("finding this program")?;
     let mut command = Command::new(program);
     command
@@ -69,6 +74,9 @@ fn serve_in_background(flags: &Flags, listener: UnixListener) -> anyhow::Result<
         .args(["-address", &flags.address]);
     if flags.debug {
         command.arg("-debug");
+    }
+    if let Some(config) = config {
+        command.env(options::CONFIG, config);
     }
     command
         .stdin(OwnedFd::from(listener))

@@ -16,15 +16,26 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{ShimError, sentence};
 
+const SPEC: &str = "config.json";
 const RECORD: &str = "coreos-kvm.json";
 const ADDRESS: &str = "address";
+
+/// Whether it is that of a sandbox which has no specification, and so of the Sandbox API.
+pub(crate) fn is_sandbox(bundle: &Path) -> bool {
+    !bundle.join(SPEC).exists()
+}
+
+/// Where containerd has a folder for the bundle on disk, which goes with it; the bundle itself is in memory.
+pub(crate) fn work(bundle: &Path) -> PathBuf {
+    bundle.join("work")
+}
 
 /// Reads `config.json`.
 ///
 /// # Errors
 /// When it cannot be read or is no OCI specification.
 pub(crate) fn spec(bundle: &Path) -> Result<Spec, ShimError> {
-    let path = bundle.join("config.json");
+    let path = bundle.join(SPEC);
     let reading = || format!("reading {}", path.display());
     let text = std::fs::read(&path).map_err(ShimError::while_doing(reading()))?;
     serde_json::from_slice(&text).map_err(ShimError::while_doing(reading()))

@@ -16,10 +16,11 @@ use containerd_shim_protos::{
 };
 use coreos_kvm_launcher::agent::{AgentError, Processes};
 use oci_spec::runtime::{LinuxResources, Spec};
-use protobuf::MessageField;
+use protobuf::{MessageField, well_known_types::timestamp::Timestamp};
 use tokio::time::{Instant, timeout};
 
 use crate::{
+    clock,
     error::ShimError,
     events::Events,
     guestspec,
@@ -40,6 +41,8 @@ const EXECS: Duration = Duration::from_secs(5);
 /// How long after SIGKILL a container may last, whatever the guest says, before its machine is ended: less than the two minutes
 /// that a kubelet waits for an answer, and far more than the kernel needs.
 pub(crate) const DEATH: Duration = Duration::from_secs(60);
+/// Longest time from the machine's end to that of all its containers, of which each may be in the middle of a call.
+const TOLD: Duration = Duration::from_secs(15);
 /// What a guest is given to power off when its sandbox is asked to end, rather than killed.
 const GRACE: Duration = Duration::from_secs(20);
 
@@ -56,6 +59,7 @@ pub(crate) struct Container {
     paused: AtomicBool,
     killed: AtomicBool,
     limits: Mutex<Limits>,
+    created_at: Timestamp,
 }
 
 /// What containerd wants to have created.
@@ -71,7 +75,44 @@ pub(crate) struct Wanted<'a> {
 }
 
 impl Container {
-    /// Creates the container in the machine; its init then waits for its start. A sandbox is the machine, and has no process.
+    /// The sandbox of the pod that has the machine. It is the machine, and has no process.
+    pub(crate) fn sandbox(
+        machine: Arc<dyn RunningMachine>,
+        events: Events,
+        id: &str,
+        bundle: &str,
+        stdio: Stdio,
+        limits: Limits,
+    ) -> Arc<Self> {
+        let init = Process::new(id, "", stdio);
+        Arc::new(Self::new(machine, events, bundle, Role::Sandbox, init, limits))
+    }
+
+    fn new(
+        machine: Arc<dyn RunningMachine>,
+        events: Events,
+        bundle: &str,
+        role: Role,
+        init: Arc<Process>,
+        limits: Limits,
+    ) -> Self {
+        Self {
+            id: init.name().container_id.to_owned(),
+            bundle: bundle.to_owned(),
+            role,
+            machine,
+            events,
+            init,
+            execs: Mutex::default(),
+            files: Mutex::default(),
+            paused: AtomicBool::new(false),
+            killed: AtomicBool::new(false),
+            limits: Mutex::new(limits),
+            created_at: clock::now(),
+        }
+    }
+
+    /// Creates the container in the machine; its init then waits for its start.
     ///
     /// # Errors
     /// When the host or the guest cannot make it; nothing of it is left then.
@@ -83,49 +124,33 @@ impl Container {
         let stdio = wanted.stdio.open().await?;
         let init = Process::new(wanted.id, "", wanted.stdio);
         let limits = Limits::of(&wanted.spec);
-        let mut files = None;
-        if wanted.role != Role::Sandbox {
-            let root = root_of(wanted.bundle, &wanted.spec);
-            let (share, id, rootfs) = (machine.share(), wanted.id.to_owned(), wanted.rootfs.to_vec());
-            // On another thread: a root of many layers is mounted from a working directory of that thread's own.
-            let mounting =
-                tokio::task::spawn_blocking(move || ContainerFiles::of(&share, &id, wanted.spec, &rootfs, &root));
-            let (spec, mounted) = mounting
-                .await
-                .map_err(ShimError::while_doing("mounting the container's files"))??;
-            files = Some(mounted);
-            let json = serde_json::to_vec(&spec).map_err(ShimError::while_doing("writing the specification"))?;
-            machine
-                .agent()
-                .create_container(wanted.id, json, init.stdio.wanted(), wanted.processes)
-                .await?;
-            let connected = async {
-                let connections = Connections::dial(machine.agent(), &init.stdio).await?;
-                init.copies.start(init.name(), stdio, connections).await
-            };
-            if let Err(error) = connected.await {
-                if let Err(problem) = machine.agent().delete_process(init.name()).await {
-                    tracing::warn!(container_id = wanted.id, %problem, "the guest still has the container");
-                }
-                return Err(error);
+        let root = root_of(wanted.bundle, &wanted.spec);
+        let (share, id, rootfs) = (machine.share(), wanted.id.to_owned(), wanted.rootfs.to_vec());
+        // On another thread: a root of many layers is mounted from a working directory of that thread's own.
+        let mounting =
+            tokio::task::spawn_blocking(move || ContainerFiles::of(&share, &id, wanted.spec, &rootfs, &root));
+        let (spec, files) = mounting
+            .await
+            .map_err(ShimError::while_doing("mounting the container's files"))??;
+        let json = serde_json::to_vec(&spec).map_err(ShimError::while_doing("writing the specification"))?;
+        machine
+            .agent()
+            .create_container(wanted.id, json, init.stdio.wanted(), wanted.processes)
+            .await?;
+        let connected = async {
+            let connections = Connections::dial(machine.agent(), &init.stdio).await?;
+            init.copies.start(init.name(), stdio, connections).await
+        };
+        if let Err(error) = connected.await {
+            if let Err(problem) = machine.agent().delete_process(init.name()).await {
+                tracing::warn!(container_id = wanted.id, %problem, "the guest still has the container");
             }
+            return Err(error);
         }
-        let container = Arc::new(Self {
-            id: wanted.id.to_owned(),
-            bundle: wanted.bundle.to_owned(),
-            role: wanted.role,
-            machine,
-            events,
-            init,
-            execs: Mutex::default(),
-            files: Mutex::new(files),
-            paused: AtomicBool::new(false),
-            killed: AtomicBool::new(false),
-            limits: Mutex::new(limits),
-        });
-        if container.role != Role::Sandbox {
-            container.watch(container.init.clone());
-        }
+        let mut container = Self::new(machine, events, wanted.bundle, wanted.role, init, limits);
+        container.files = Mutex::new(Some(files));
+        let container = Arc::new(container);
+        container.watch(container.init.clone());
         Ok(container)
     }
 
@@ -148,6 +173,10 @@ impl Container {
 
     pub(crate) fn machine(&self) -> &Arc<dyn RunningMachine> {
         &self.machine
+    }
+
+    pub(crate) fn created_at(&self) -> Timestamp {
+        self.created_at.clone()
     }
 
     pub(crate) fn is_paused(&self) -> bool {
@@ -428,6 +457,14 @@ impl Container {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Ends the machine of this sandbox: its guest has `grace` to power off. Answers when everybody knows of it; it may have ended before.
+    pub(crate) async fn end_machine(&self, grace: Duration) -> Result<(), ShimError> {
+        self.machine.shutdown(grace).await?;
+        let told = timeout(TOLD, self.init.stopped()).await;
+        told.map(drop)
+            .map_err(|_| ShimError::Internal("the machine has ended, and its containers' ends are not told".to_owned()))
     }
 
     pub(crate) async fn resize(&self, exec_id: &str, columns: u32, rows: u32) -> Result<(), ShimError> {

@@ -29,15 +29,15 @@ pub(crate) struct Containerd {
 pub(crate) struct Port {
     /// 0: TCP, 1: UDP, 2: SCTP.
     #[serde(default)]
-    protocol: u32,
+    pub(crate) protocol: u32,
     #[serde(default)]
-    container_port: u16,
+    pub(crate) container_port: u16,
     /// 0: no port of the node.
     #[serde(default)]
-    host_port: u16,
+    pub(crate) host_port: u16,
     /// Empty: every address of the node.
     #[serde(default)]
-    host_ip: String,
+    pub(crate) host_ip: String,
 }
 
 impl fmt::Display for Port {

@@ -69,6 +69,11 @@ impl Events {
         (Self { namespace, queue }, events)
     }
 
+    /// Events of what containerd does not follow by its events.
+    pub(crate) fn unheard() -> Self {
+        Self::queue("").0
+    }
+
     pub(crate) fn publish<E: TaskEvent>(&self, event: &E) {
         let Ok(value) = event.write_to_bytes() else {
             return tracing::error!(topic = E::TOPIC, "an event cannot be written");
@@ -85,7 +90,7 @@ impl Events {
             event: MessageField::some(event),
             ..Default::default()
         };
-        // The receiver is gone only when the shim is about to be.
+        // The receiver is gone when the shim is about to be, or was never there.
         let _ = self.queue.send(envelope);
     }
 }

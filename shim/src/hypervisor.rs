@@ -7,7 +7,7 @@ use coreos_kvm_launcher::{
     agent::AgentClient,
     config::Config,
     machine::Machine,
-    vm::{MachineSize, ResizeError, Vm, VmError, VmExit},
+    vm::{MachineSize, ResizeError, Vm, VmError, VmExit, VmInfo},
 };
 
 use crate::{
@@ -32,6 +32,8 @@ pub(crate) trait RunningMachine: Send + Sync {
     /// QEMU's process id: to containerd it is that of every process of the pod, for those inside have none on the host.
     fn pid(&self) -> u32;
     fn agent(&self) -> &AgentClient;
+    /// What there is to say of it.
+    fn info(&self) -> VmInfo;
     /// What the guest sees at `coreos_kvm_proto::SHARED_MOUNT`.
     fn share(&self) -> Share;
     /// Waits for the machine's end, however it comes about.
@@ -74,6 +76,10 @@ impl RunningMachine for Vm {
 
     fn agent(&self) -> &AgentClient {
         Vm::agent(self)
+    }
+
+    fn info(&self) -> VmInfo {
+        Vm::info(self)
     }
 
     fn share(&self) -> Share {

@@ -19,14 +19,25 @@ impl Limits {
         resources.map_or_else(Self::default, |resources| Self::default().changed(resources))
     }
 
+    /// Those of a whole pod, as a kubelet tells them: quota and period of its processors in µs, memory in bytes. What is not above zero
+    /// is not limited.
+    pub(crate) fn of_pod(cpu_quota: i64, cpu_period: i64, memory: i64) -> Self {
+        let above_zero = |limit: i64| u64::try_from(limit).ok().filter(|limit| *limit > 0);
+        let cpu = above_zero(cpu_quota).zip(above_zero(cpu_period));
+        Self {
+            millicpus: cpu.map(|(quota, period)| millicpus(quota, period)),
+            memory: above_zero(memory),
+        }
+    }
+
     /// These after a change, which leaves alone what it does not speak of. Anything below zero means that there is no limit.
     pub(crate) fn changed(self, resources: &LinuxResources) -> Self {
         let mut limits = self;
         if let Some(cpu) = resources.cpu() {
             let period = cpu.period().filter(|period| *period > 0).unwrap_or(CFS_PERIOD);
             if let Some(quota) = cpu.quota() {
-                let millicpus = |quota: u64| quota.saturating_mul(1000).div_ceil(period);
-                limits.millicpus = u64::try_from(quota).ok().filter(|quota| *quota > 0).map(millicpus);
+                let quota = u64::try_from(quota).ok().filter(|quota| *quota > 0);
+                limits.millicpus = quota.map(|quota| millicpus(quota, period));
             }
         }
         if let Some(limit) = resources.memory().as_ref().and_then(|memory| memory.limit()) {
@@ -51,6 +62,10 @@ impl Limits {
             },
         }
     }
+}
+
+fn millicpus(quota: u64, period: u64) -> u64 {
+    quota.saturating_mul(1000).div_ceil(period)
 }
 
 /// The size of a machine's memory that holds so many MiB and that other machines have as well, for those of one size are clones of

@@ -1,8 +1,8 @@
 //! `containerd-shim-coreos-kvm-v2`: runs the containers of one pod in one virtual machine.
 //!
-//! The way of a pod, without turning back: [`bundle`] (the specification that containerd wrote) → [`podspec`] (the description of
-//! a machine) → [`hypervisor`] (the machine) → [`pod`] → [`container`] ([`rootfs`] and [`guestspec`]) → [`process`] ([`streams`]).
-//! What happens goes back to containerd through [`events`]. [`service`] is containerd's door, [`bootstrap`], [`cleanup`] and
+//! The way of a pod, without turning back: [`bundle`] (the specification that containerd wrote) or [`sandbox`] (the pod's
+//! configuration) → [`podspec`] (the description of a machine) → [`hypervisor`] (the machine) → [`pod`] → [`container`] ([`rootfs`] and [`guestspec`]) → [`process`] ([`streams`]).
+//! What happens goes back to containerd through [`events`]. [`service`] and [`sandbox`] are containerd's doors, [`bootstrap`], [`cleanup`] and
 //! [`info`] are the actions of the command line, [`serve`] is what lives as long as the pod.
 
 use std::{
@@ -29,10 +29,12 @@ mod logging;
 mod metrics;
 mod options;
 mod pod;
+mod podfiles;
 mod podspec;
 mod portforward;
 mod process;
 mod rootfs;
+mod sandbox;
 mod serve;
 mod service;
 mod streams;

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -14,6 +14,7 @@ use containerd_shim_protos::{
 use coreos_kvm_launcher::{agent::Processes, config::Config, machine::Network, state::ProcessId, vm::MachineSize};
 use oci_spec::runtime::{LinuxResources, Spec};
 use protobuf::MessageField;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -26,7 +27,8 @@ use crate::{
     hypervisor::{Hypervisor, RunningMachine},
     limits::Limits,
     logging, options,
-    podspec::{self, Role},
+    podfiles::WrittenFiles,
+    podspec::{self, PodSpec, Role},
     portforward,
     process::{Exit, KILLED},
     streams::Stdio,
@@ -37,6 +39,7 @@ pub(crate) struct Pod {
     hypervisor: Box<dyn Hypervisor>,
     containerd: Option<Containerd>,
     events: Events,
+    config: Option<PathBuf>,
     contents: Mutex<Contents>,
     /// Held while limits are changed, and the machine's size with them.
     resizing: tokio::sync::Mutex<()>,
@@ -54,15 +57,47 @@ struct Contents {
     guest_memory_overhead_mib: u64,
     /// The pod says how large its machine is.
     size_is_named: bool,
+    /// What containers get of the pod, where containerd does not see to that.
+    files: Option<WrittenFiles>,
+}
+
+/// A machine that containerd wants to have for a pod, by whichever API.
+pub(crate) struct WantedSandbox {
+    pub(crate) pod: PodSpec,
+    pub(crate) bundle: String,
+    /// The configuration file, where it comes along.
+    pub(crate) config: Option<PathBuf>,
+}
+
+/// What containerd asks to have created.
+enum Wish {
+    Task(CreateTaskRequest),
+    Sandbox(WantedSandbox),
+}
+
+impl Wish {
+    fn id(&self) -> &str {
+        match self {
+            Self::Task(request) => &request.id,
+            Self::Sandbox(wanted) => &wanted.pod.id,
+        }
+    }
 }
 
 impl Pod {
-    /// An empty pod. Without a `containerd` its ports are not asked for.
-    pub(crate) fn new(hypervisor: Box<dyn Hypervisor>, containerd: Option<Containerd>, events: Events) -> Self {
+    /// An empty pod. Without a `containerd` its ports are not asked for. `config` is the configuration file of a machine that comes
+    /// without one.
+    pub(crate) fn new(
+        hypervisor: Box<dyn Hypervisor>,
+        containerd: Option<Containerd>,
+        events: Events,
+        config: Option<PathBuf>,
+    ) -> Self {
         Self {
             hypervisor,
             containerd,
             events,
+            config,
             contents: Mutex::default(),
             resizing: tokio::sync::Mutex::default(),
             closing: CancellationToken::new(),
@@ -80,29 +115,57 @@ impl Pod {
         self.contents().machine.clone()
     }
 
-    /// Creates what containerd asks for: the machine, a container in it, or both.
+    /// Creates what containerd asks for by the Task API: the machine, a container in it, or both.
     ///
     /// # Errors
     /// When it cannot be; nothing of it is left then.
     pub(crate) async fn create(self: &Arc<Self>, request: &CreateTaskRequest) -> Result<Arc<Container>, ShimError> {
+        self.make(Wish::Task(request.clone())).await
+    }
+
+    /// Creates the sandbox that containerd asks for by the Sandbox API.
+    ///
+    /// # Errors
+    /// When it cannot be; nothing of it is left then.
+    pub(crate) async fn create_sandbox(self: &Arc<Self>, wanted: WantedSandbox) -> Result<Arc<Container>, ShimError> {
+        self.make(Wish::Sandbox(wanted)).await
+    }
+
+    async fn make(self: &Arc<Self>, wish: Wish) -> Result<Arc<Container>, ShimError> {
         let given_up = CancellationToken::new();
         let _guard = given_up.clone().drop_guard();
-        let (pod, request) = (self.clone(), request.clone());
-        carried_through(async move { pod.create_or_undo(&request, &given_up).await }).await
+        let pod = self.clone();
+        carried_through(async move {
+            let made = pod.create_or_undo(&wish, &given_up).await;
+            // Nobody may come to close the pod then: containerd has its own time for that from the one that is over.
+            if made.is_err() && given_up.is_cancelled() && matches!(wish, Wish::Sandbox(_)) {
+                pod.close_if_empty();
+            }
+            made
+        })
+        .await
     }
 
     /// When the caller goes away before the end, nothing is left either, in the guest or on the host.
     async fn create_or_undo(
         self: &Arc<Self>,
-        request: &CreateTaskRequest,
+        wish: &Wish,
         given_up: &CancellationToken,
     ) -> Result<Arc<Container>, ShimError> {
-        let reservation = Reservation::new(self, &request.id)?;
-        let container = self.created(request, given_up).await?;
+        let id = wish.id();
+        let reservation = Reservation::new(self, id)?;
+        let container = match wish {
+            Wish::Task(request) => self.created(request, given_up).await?,
+            Wish::Sandbox(wanted) => {
+                let machine = self.booted(wanted, given_up).await?;
+                let (events, stdio) = (Events::unheard(), Stdio::default());
+                Container::sandbox(machine, events, id, &wanted.bundle, stdio, Limits::default())
+            }
+        };
         if given_up.is_cancelled() {
             // The container's end ends the machine that it brought.
             if let Err(error) = container.abandon().await {
-                tracing::warn!(container_id = request.id, %error, "something is left of a container that nobody waits for");
+                tracing::warn!(container_id = id, %error, "something is left of a container that nobody waits for");
             }
             if container.role() != Role::Member {
                 self.contents().machine = None;
@@ -111,20 +174,22 @@ impl Pod {
                 "containerd has given up the container's creation".to_owned(),
             ));
         }
-        self.events.publish(&TaskCreate {
-            container_id: request.id.clone(),
-            bundle: request.bundle.clone(),
-            rootfs: request.rootfs.clone(),
-            io: MessageField::some(TaskIO {
-                stdin: request.stdin.clone(),
-                stdout: request.stdout.clone(),
-                stderr: request.stderr.clone(),
-                terminal: request.terminal,
+        if let Wish::Task(request) = wish {
+            self.events.publish(&TaskCreate {
+                container_id: request.id.clone(),
+                bundle: request.bundle.clone(),
+                rootfs: request.rootfs.clone(),
+                io: MessageField::some(TaskIO {
+                    stdin: request.stdin.clone(),
+                    stdout: request.stdout.clone(),
+                    stderr: request.stderr.clone(),
+                    terminal: request.terminal,
+                    ..Default::default()
+                }),
+                pid: container.pid(),
                 ..Default::default()
-            }),
-            pid: container.pid(),
-            ..Default::default()
-        });
+            });
+        }
         reservation.fulfil(container.clone());
         if container.role() != Role::Member {
             self.watch(container.clone());
@@ -162,47 +227,90 @@ impl Pod {
         };
         let machine = match role {
             Role::Member => {
-                let machine = self
-                    .machine()
-                    .ok_or_else(|| ShimError::FailedPrecondition("the pod's machine does not run".to_owned()))?;
+                let machine = self.running_machine().await?;
                 self.make_room(&request.id, &spec, &machine).await;
+                if let Some(files) = &self.contents().files {
+                    files.add_to(&mut spec);
+                }
                 machine
             }
-            // A start that is dropped undoes itself.
-            Role::Sandbox | Role::Alone => tokio::select! {
-                biased;
-                () = self.closing.cancelled() => {
-                    return Err(ShimError::FailedPrecondition("the pod is being removed".to_owned()));
-                }
-                () = given_up.cancelled() => {
-                    return Err(ShimError::Internal("containerd has given up the machine's start".to_owned()));
-                }
-                machine = self.boot(request, &spec) => machine?,
-            },
+            Role::Sandbox | Role::Alone => {
+                let wanted = WantedSandbox {
+                    pod: PodSpec::of_oci(&request.id, &spec)?,
+                    bundle: request.bundle.clone(),
+                    config: options::config_path(request.options.as_ref())?,
+                };
+                self.booted(&wanted, given_up).await?
+            }
         };
+        let stdio = Stdio {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let events = self.events.clone();
+        if role == Role::Sandbox {
+            let limits = Limits::of(&spec);
+            return Ok(Container::sandbox(
+                machine,
+                events,
+                &request.id,
+                &request.bundle,
+                stdio,
+                limits,
+            ));
+        }
         let wanted = Wanted {
             id: &request.id,
             bundle: &request.bundle,
             role,
             spec,
             rootfs: &request.rootfs,
-            stdio: Stdio {
-                stdin: request.stdin.clone(),
-                stdout: request.stdout.clone(),
-                stderr: request.stderr.clone(),
-                terminal: request.terminal,
-            },
+            stdio,
             processes,
         };
-        let created = Container::create(machine.clone(), self.events.clone(), wanted).await;
-        if created.is_err() && role != Role::Member {
+        let created = Container::create(machine.clone(), events, wanted).await;
+        if created.is_err() && role == Role::Alone {
             self.give_up(&machine).await;
         }
         created
     }
 
+    /// The machine for a container that is to be in it.
+    async fn running_machine(&self) -> Result<Arc<dyn RunningMachine>, ShimError> {
+        let machine = self
+            .machine()
+            .ok_or_else(|| ShimError::FailedPrecondition("the pod's machine does not run".to_owned()))?;
+        match timeout(Duration::ZERO, machine.exited()).await {
+            Ok(exit) => Err(ShimError::FailedPrecondition(format!(
+                "the pod's machine has ended: {}",
+                exit.reason
+            ))),
+            Err(_) => Ok(machine),
+        }
+    }
+
+    /// Starts the pod's machine, unless nobody waits for it any more: a start that is dropped undoes itself.
+    async fn booted(
+        &self,
+        wanted: &WantedSandbox,
+        given_up: &CancellationToken,
+    ) -> Result<Arc<dyn RunningMachine>, ShimError> {
+        tokio::select! {
+            biased;
+            () = self.closing.cancelled() => {
+                Err(ShimError::FailedPrecondition("the pod is being removed".to_owned()))
+            }
+            () = given_up.cancelled() => {
+                Err(ShimError::Internal("containerd has given up the machine's start".to_owned()))
+            }
+            machine = self.boot(wanted) => machine,
+        }
+    }
+
     /// Starts the pod's machine and makes its guest the pod's.
-    async fn boot(&self, request: &CreateTaskRequest, spec: &Spec) -> Result<Arc<dyn RunningMachine>, ShimError> {
+    async fn boot(&self, wanted: &WantedSandbox) -> Result<Arc<dyn RunningMachine>, ShimError> {
         {
             let contents = self.contents();
             // Another container that is being created may be starting the machine.
@@ -210,26 +318,28 @@ impl Pod {
                 return Err(ShimError::AlreadyExists("the pod has a machine already".to_owned()));
             }
         }
-        let path = options::config_path(request.options.as_ref())?;
-        let config = Config::load_or_default(path.as_deref()).map_err(ShimError::invalid)?;
+        let (pod, bundle) = (&wanted.pod, Path::new(&wanted.bundle));
+        let config = wanted.config.as_ref().or(self.config.as_ref());
+        let config = Config::load_or_default(config.map(PathBuf::as_path)).map_err(ShimError::invalid)?;
         logging::set_level(config.log_level);
-        let machine = podspec::machine(&request.id, spec, &config)?;
+        let machine = pod.machine(&config)?;
         let netns = match &machine.network {
             Network::Tap { netns, .. } => Some(netns.clone()),
             _ => None,
         };
+        let files = pod.files.as_ref().map(|files| files.write(&bundle::work(bundle)));
+        let files = files.transpose()?;
         let record = bundle::Record {
             machine: machine.id.to_string(),
             state_dir: config.state_dir.clone(),
             shim: ProcessId::of(std::process::id()),
         };
-        record.write(Path::new(&request.bundle))?;
+        record.write(bundle)?;
 
         self.contents().booting = Some(record);
-        let (machine, ports) = tokio::join!(self.hypervisor.start(&config, machine), self.ports(&request.id));
+        let (machine, ports) = tokio::join!(self.hypervisor.start(&config, machine), self.ports(pod));
         let machine = machine.inspect_err(|_| self.contents().booting = None)?;
-        let identity = podspec::sandbox_request(&request.id, spec);
-        if let Err(error) = machine.agent().configure_sandbox(&identity).await {
+        if let Err(error) = machine.agent().configure_sandbox(&pod.identity()).await {
             self.give_up(&machine).await;
             self.contents().booting = None;
             return Err(error.into());
@@ -239,13 +349,13 @@ impl Pod {
         {
             // All else works.
             tracing::warn!(
-                sandbox_id = request.id,
+                sandbox_id = pod.id,
                 error = sentence(&error),
                 "port-forward will not work"
             );
         }
         tracing::info!(
-            sandbox_id = request.id,
+            sandbox_id = pod.id,
             qemu = machine.pid(),
             ports,
             "the pod's machine is up"
@@ -253,20 +363,23 @@ impl Pod {
         let mut contents = self.contents();
         (contents.machine, contents.booting) = (Some(machine.clone()), None);
         contents.guest_memory_overhead_mib = config.guest_memory_overhead_mib;
-        contents.size_is_named = podspec::names_size(spec);
+        contents.size_is_named = pod.names_size();
+        contents.files = files;
         Ok(machine)
     }
 
     /// The pod's ports, for the log. In a machine that has the pod's addresses every port is the pod's, and those that the
     /// node forwards are the CNI's: nothing has to be done for them, so not knowing them is no failure.
-    async fn ports(&self, id: &str) -> String {
-        let Some(containerd) = &self.containerd else {
-            return String::new();
+    async fn ports(&self, pod: &PodSpec) -> String {
+        let asked = match (&pod.ports, &self.containerd) {
+            (Some(ports), _) => Ok(ports.clone()),
+            (None, Some(containerd)) => containerd.ports(&pod.id).await,
+            (None, None) => Ok(Vec::new()),
         };
-        match containerd.ports(id).await {
+        match asked {
             Ok(ports) => containerd::list(&ports),
             Err(error) => {
-                tracing::warn!(sandbox_id = id, %error, "containerd does not tell the pod's ports");
+                tracing::warn!(sandbox_id = pod.id, %error, "containerd does not tell the pod's ports");
                 String::new()
             }
         }

@@ -1,7 +1,10 @@
-//! The one door by which a pod comes in: the OCI specification that containerd wrote for it becomes the description of a
-//! machine, checked against what the admin allows.
+//! A pod as the kubelet and its author describe it. By whichever door it comes, it is one description, which becomes that of a
+//! machine, checked against what the admin allows. The doors: [`oci`] with the Task API, [`cri`] with the Sandbox API.
 
-use std::path::PathBuf;
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+};
 
 use coreos_kvm_launcher::{
     cgroup,
@@ -10,111 +13,146 @@ use coreos_kvm_launcher::{
     machine::{Configuration, Growth, Machine, Network},
 };
 use coreos_kvm_proto::{SHARED_TAG, agent::ConfigureSandboxRequest};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
-use crate::{error::ShimError, limits, volume::VolumeFile};
+use crate::{
+    containerd::Port,
+    error::ShimError,
+    limits::{self, Limits},
+    podfiles::PodFiles,
+    volume::VolumeFile,
+};
+
+mod cri;
+mod oci;
+
+pub(crate) use cri::sandbox_config;
+pub(crate) use oci::{Role, role, sandbox_id};
 
 /// Prefix of the annotations by which a pod describes its machine.
 const PREFIX: &str = "coreos-kvm.io/";
-/// What the CRI plugin writes; `pkg/cri/annotations` in containerd's tree.
-const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
-const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
-const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
-const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
-const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
-const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
-/// What a container is to its pod.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Role {
-    /// The CRI's sandbox: the machine itself. Its image and its process are not run.
-    Sandbox,
-    /// A container of a pod whose machine runs already.
-    Member,
-    /// A container that nobody calls part of a pod, as `ctr run` makes them: a pod of its own.
-    Alone,
+/// A pod, before anything of it is checked against the node's configuration.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct PodSpec {
+    /// That of its sandbox, or of its only container.
+    pub(crate) id: String,
+    hostname: Option<String>,
+    /// Kubernetes' own, by which the kubelet keeps the pod's volumes; empty where there is none.
+    uid: String,
+    /// Its annotations that begin with [`PREFIX`], by what follows it.
+    annotations: BTreeMap<String, String>,
+    /// What its containers may use together.
+    limits: Limits,
+    /// As `linux.cgroupsPath` of the OCI runtime specification.
+    cgroups_path: Option<String>,
+    network: Network,
+    sysctls: HashMap<String, String>,
+    /// None where containerd has to be asked.
+    pub(crate) ports: Option<Vec<Port>>,
+    /// None where containerd makes them.
+    pub(crate) files: Option<PodFiles>,
 }
 
-/// What the specification says of the container's pod.
-pub(crate) fn role(spec: &Spec) -> Role {
-    match annotation(spec, CONTAINER_TYPE) {
-        Some("sandbox") => Role::Sandbox,
-        Some("container") => Role::Member,
-        _ => Role::Alone,
+impl PodSpec {
+    /// Whether the pod says itself how large its machine is.
+    pub(crate) fn names_size(&self) -> bool {
+        ["memory", "vcpus"]
+            .iter()
+            .any(|name| self.annotations.contains_key(*name))
     }
-}
 
-/// The id of the container's pod, if there is one.
-pub(crate) fn sandbox_id(spec: &Spec) -> Option<&str> {
-    annotation(spec, SANDBOX_ID)
-}
-
-fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
-    spec.annotations().as_ref()?.get(name).map(String::as_str)
-}
-
-/// Whether the pod says itself how large its machine is.
-pub(crate) fn names_size(spec: &Spec) -> bool {
-    ["memory", "vcpus"].map(|name| annotation(spec, &format!("{PREFIX}{name}"))) != [None, None]
-}
-
-/// The machine of the pod whose sandbox, or only container, is `id`.
-///
-/// # Errors
-/// Of what the pod's author wrote, or what a machine cannot do; with the way out.
-pub(crate) fn machine(id: &str, spec: &Spec, config: &Config) -> Result<Machine, ShimError> {
-    let wishes = Wishes::read(spec, config)?;
-    // A configuration may do what a clone must not have done before; only its author knows.
-    let cloneable = wishes.template.unwrap_or(wishes.configuration.is_none()) && config.templates != Templates::Off;
-    let linux = spec.linux().as_ref();
-    let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
-    let cgroup = cgroups_path
-        .map(|path| cgroup::directory(&path.to_string_lossy()))
-        .transpose()
-        .map_err(ShimError::invalid)?;
-    let vcpus = match wishes.vcpus {
-        Some(vcpus) => vcpus,
-        None => vcpus_of(spec, config)?,
-    };
-    Ok(Machine {
-        id: id.parse().map_err(ShimError::invalid)?,
-        guest: Guest::load(&config.guests_dir, wishes.guest.unwrap_or(&config.guest)).map_err(ShimError::invalid)?,
-        vcpus,
-        memory_mib: match wishes.memory_mib {
-            Some(memory) => memory,
-            None => {
-                let needed = memory_of(spec, config)?;
-                // A guest that does more than run containers, which have their limits, is to have no more than it is accounted for.
-                match cloneable && wishes.configuration.is_none() {
-                    true => limits::class_mib(needed, config.max_memory_mib),
-                    false => needed,
+    /// The pod's machine.
+    ///
+    /// # Errors
+    /// Of what the pod's author wrote, or what a machine cannot do; with the way out.
+    pub(crate) fn machine(&self, config: &Config) -> Result<Machine, ShimError> {
+        let wishes = Wishes::read(self, config)?;
+        // A configuration may do what a clone must not have done before; only its author knows.
+        let cloneable = wishes.template.unwrap_or(wishes.configuration.is_none()) && config.templates != Templates::Off;
+        let cgroup = self.cgroups_path.as_deref().map(cgroup::directory);
+        let cgroup = cgroup.transpose().map_err(ShimError::invalid)?;
+        let vcpus = match wishes.vcpus {
+            Some(vcpus) => vcpus,
+            None => self.vcpus(config)?,
+        };
+        Ok(Machine {
+            id: self.id.parse().map_err(ShimError::invalid)?,
+            guest: Guest::load(&config.guests_dir, wishes.guest.unwrap_or(&config.guest))
+                .map_err(ShimError::invalid)?,
+            vcpus,
+            memory_mib: match wishes.memory_mib {
+                Some(memory) => memory,
+                None => {
+                    let needed = self.memory_mib(config)?;
+                    // A guest that does more than run containers, which have their limits, is to have no more than it is accounted for.
+                    match cloneable && wishes.configuration.is_none() {
+                        true => limits::class_mib(needed, config.max_memory_mib),
+                        false => needed,
+                    }
                 }
-            }
-        },
-        growth: Some(Growth::within(vcpus, config.max_vcpus, config.max_memory_mib)),
-        acceleration: config.acceleration,
-        configuration: wishes.configuration,
-        hostname: spec.hostname().clone(),
-        kernel_args: wishes.kernel_args,
-        network: network(spec)?,
-        disk: None,
-        cgroup: Some(cgroup.unwrap_or_else(|| PathBuf::from("coreos-kvm").join(id))),
-        boot_timeout: config.boot_timeout,
-        cloneable,
-    })
+            },
+            growth: Some(Growth::within(vcpus, config.max_vcpus, config.max_memory_mib)),
+            acceleration: config.acceleration,
+            configuration: wishes.configuration,
+            hostname: self.hostname.clone(),
+            kernel_args: wishes.kernel_args,
+            network: self.network.clone(),
+            disk: None,
+            cgroup: Some(cgroup.unwrap_or_else(|| PathBuf::from("coreos-kvm").join(&self.id))),
+            boot_timeout: config.boot_timeout,
+            cloneable,
+        })
+    }
+
+    /// What makes the guest this pod's.
+    pub(crate) fn identity(&self) -> ConfigureSandboxRequest {
+        ConfigureSandboxRequest {
+            sandbox_id: self.id.clone(),
+            hostname: self.hostname.clone().unwrap_or_default(),
+            shared_tag: SHARED_TAG.to_owned(),
+            shm_size: 0,
+            sysctls: self.sysctls.clone(),
+            ..Default::default()
+        }
+    }
+
+    /// As many processors as the pod's containers may use together.
+    fn vcpus(&self, config: &Config) -> Result<u32, ShimError> {
+        match Limits::size([self.limits], 0).vcpus {
+            0 => Ok(config.vcpus),
+            vcpus if vcpus <= config.max_vcpus => Ok(vcpus),
+            vcpus => Err(ShimError::InvalidArgument(format!(
+                "the limits of the pod's containers add up to {vcpus} processors; `max_vcpus` in config.toml allows {}",
+                config.max_vcpus
+            ))),
+        }
+    }
+
+    /// What the pod's containers may use together, and what the guest needs beside them.
+    fn memory_mib(&self, config: &Config) -> Result<u64, ShimError> {
+        match Limits::size([self.limits], config.guest_memory_overhead_mib).memory_mib {
+            0 => Ok(config.memory_mib),
+            memory if memory <= config.max_memory_mib => Ok(memory),
+            memory => Err(ShimError::InvalidArgument(format!(
+                "the pod's containers and its guest need {memory} MiB of memory; `max_memory_mib` in config.toml allows {}",
+                config.max_memory_mib
+            ))),
+        }
+    }
 }
 
-/// What makes the guest this pod's.
-pub(crate) fn sandbox_request(id: &str, spec: &Spec) -> ConfigureSandboxRequest {
-    let linux = spec.linux().as_ref();
-    ConfigureSandboxRequest {
-        sandbox_id: id.to_owned(),
-        hostname: spec.hostname().clone().unwrap_or_default(),
-        shared_tag: SHARED_TAG.to_owned(),
-        shm_size: 0,
-        sysctls: linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
-        ..Default::default()
-    }
+/// Those of a pod's annotations that are for this runtime.
+fn own_annotations<'a>(all: impl IntoIterator<Item = (&'a String, &'a String)>) -> BTreeMap<String, String> {
+    all.into_iter()
+        .filter_map(|(key, value)| Some((key.strip_prefix(PREFIX)?.to_owned(), value.clone())))
+        .collect()
+}
+
+fn of_the_node() -> ShimError {
+    ShimError::InvalidArgument(
+        "a machine cannot be on the node's own network: remove hostNetwork from the pod, or use another runtime class"
+            .to_owned(),
+    )
 }
 
 /// The annotations of a pod, each allowed and read.
@@ -129,16 +167,18 @@ struct Wishes<'a> {
 }
 
 impl<'a> Wishes<'a> {
-    fn read(spec: &'a Spec, config: &Config) -> Result<Self, ShimError> {
+    fn read(pod: &'a PodSpec, config: &Config) -> Result<Self, ShimError> {
         let mut wishes = Self::default();
-        let both = ["config", "config-inline"].map(|name| annotation(spec, &format!("{PREFIX}{name}")));
-        if let [Some(_), Some(_)] = both {
+        if ["config", "config-inline"]
+            .iter()
+            .all(|name| pod.annotations.contains_key(*name))
+        {
             return Err(ShimError::InvalidArgument(format!(
                 "the pod has two configurations, {PREFIX}config and {PREFIX}config-inline; one of them has to go"
             )));
         }
-        for (key, value) in spec.annotations().iter().flatten() {
-            let Some(name) = key.strip_prefix(PREFIX) else { continue };
+        for (name, value) in &pod.annotations {
+            let (name, key) = (name.as_str(), &format!("{PREFIX}{name}"));
             if !ANNOTATIONS.contains(&name) {
                 return Err(ShimError::InvalidArgument(format!(
                     "there is no annotation {key}; those of this runtime are {PREFIX}{{{}}}",
@@ -151,7 +191,7 @@ impl<'a> Wishes<'a> {
                 )));
             }
             match name {
-                "config" => wishes.configuration = Some(volume_configuration(key, value, spec, config)?),
+                "config" => wishes.configuration = Some(volume_configuration(key, value, &pod.uid, config)?),
                 "config-inline" => {
                     wishes.configuration = Some(Configuration {
                         origin: format!("the pod's annotation {key}"),
@@ -176,11 +216,10 @@ impl<'a> Wishes<'a> {
 }
 
 /// The text of a file in one of the pod's volumes.
-fn volume_configuration(key: &str, value: &str, spec: &Spec, config: &Config) -> Result<Configuration, ShimError> {
+fn volume_configuration(key: &str, value: &str, uid: &str, config: &Config) -> Result<Configuration, ShimError> {
     let file: VolumeFile = value
         .parse()
         .map_err(|problem| ShimError::InvalidArgument(format!("the annotation {key}: {problem}")))?;
-    let uid = annotation(spec, SANDBOX_UID).unwrap_or_default();
     Ok(Configuration {
         origin: file.to_string(),
         text: file.read(&config.kubelet_dir, uid)?,
@@ -238,67 +277,21 @@ fn mebibytes(text: &str) -> Option<u64> {
     Some(number.parse::<u64>().ok()?.checked_mul(bytes)?.div_ceil(1 << 20))
 }
 
-/// The pod's limits as the kubelet told them; None where it set none.
-fn limit(spec: &Spec, name: &str) -> Option<u64> {
-    annotation(spec, name)?.parse().ok().filter(|limit| *limit > 0)
-}
-
-/// As many processors as the pod's containers may use together.
-fn vcpus_of(spec: &Spec, config: &Config) -> Result<u32, ShimError> {
-    let (Some(quota), Some(period)) = (limit(spec, SANDBOX_CPU_QUOTA), limit(spec, SANDBOX_CPU_PERIOD)) else {
-        return Ok(config.vcpus);
-    };
-    let wanted = quota.div_ceil(period);
-    match u32::try_from(wanted) {
-        Ok(vcpus) if vcpus <= config.max_vcpus => Ok(vcpus),
-        _ => Err(ShimError::InvalidArgument(format!(
-            "the limits of the pod's containers add up to {wanted} processors; `max_vcpus` in config.toml allows {}",
-            config.max_vcpus
-        ))),
-    }
-}
-
-/// What the pod's containers may use together, and what the guest needs beside them.
-fn memory_of(spec: &Spec, config: &Config) -> Result<u64, ShimError> {
-    let Some(bytes) = limit(spec, SANDBOX_MEMORY) else {
-        return Ok(config.memory_mib);
-    };
-    let wanted = bytes.div_ceil(1 << 20).saturating_add(config.guest_memory_overhead_mib);
-    if wanted > config.max_memory_mib {
-        return Err(ShimError::InvalidArgument(format!(
-            "the pod's containers and its guest need {wanted} MiB of memory; `max_memory_mib` in config.toml allows {}",
-            config.max_memory_mib
-        )));
-    }
-    Ok(wanted)
-}
-
-/// The network namespace that the CNI has furnished for the pod; a namespace without a path is a new and empty one.
-fn network(spec: &Spec) -> Result<Network, ShimError> {
-    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
-    let network = namespaces
-        .into_iter()
-        .flatten()
-        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
-    match network.map(|namespace| namespace.path()) {
-        Some(Some(netns)) => Ok(Network::Tap {
-            netns: netns.clone(),
-            redirects: Vec::new(),
-        }),
-        Some(None) => Ok(Network::None),
-        None => Err(ShimError::InvalidArgument(
-            "a machine cannot be on the node's own network: remove hostNetwork from the pod, or use another runtime class"
-                .to_owned(),
-        )),
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
+    use oci_spec::runtime::Spec;
     use rstest::rstest;
     use serde_json::{Value, json};
 
-    use super::*;
+    pub(crate) use super::cri::tests::config as sandbox_config;
+    use super::{
+        oci::{SANDBOX_CPU_PERIOD, SANDBOX_CPU_QUOTA, SANDBOX_MEMORY, SANDBOX_UID},
+        *,
+    };
+
+    fn pod(annotations: Value) -> PodSpec {
+        PodSpec::of_oci("abc", &spec(annotations)).unwrap()
+    }
 
     /// A guests' directory with one guest of empty files, as far as the description of a machine goes.
     pub(crate) fn config(root: &std::path::Path) -> Config {
@@ -337,7 +330,7 @@ pub(crate) mod tests {
 
     fn described(annotations: Value) -> Result<Machine, ShimError> {
         let root = tempfile::tempdir().unwrap();
-        machine("abc", &spec(annotations), &config(root.path()))
+        pod(annotations).machine(&config(root.path()))
     }
 
     #[test]
@@ -401,16 +394,14 @@ pub(crate) mod tests {
         std::fs::create_dir_all(root.path().join(volume)).unwrap();
         std::fs::write(root.path().join(volume).join("config.yaml"), "passwd: {}").unwrap();
         let mut annotations = json!({"coreos-kvm.io/config": "configmap/os/config.yaml", SANDBOX_UID: "a-uid"});
-        let found = machine("abc", &spec(annotations.clone()), &config)
-            .unwrap()
-            .configuration
-            .unwrap();
+        let machine = pod(annotations.clone()).machine(&config).unwrap();
+        let found = machine.configuration.unwrap();
         assert_eq!(
             (found.origin.as_str(), found.text.as_str()),
             ("configmap/os/config.yaml", "passwd: {}")
         );
         annotations["coreos-kvm.io/config-inline"] = json!("{}");
-        let error = machine("abc", &spec(annotations), &config).unwrap_err().to_string();
+        let error = pod(annotations).machine(&config).unwrap_err().to_string();
         assert!(error.contains("two configurations"), "{error}");
     }
 
@@ -447,17 +438,8 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_nodes_network_is_refused() {
-        let mut spec = spec(json!({}));
-        let mut linux = spec.linux().clone().unwrap();
-        linux.set_namespaces(None);
-        spec.set_linux(Some(linux));
-        assert!(network(&spec).unwrap_err().to_string().contains("hostNetwork"));
-    }
-
-    #[test]
     fn the_guest_is_told_the_pods_name_and_settings() {
-        let request = sandbox_request("abc", &spec(json!({})));
+        let request = pod(json!({})).identity();
         assert_eq!(request.hostname, "web-0");
         assert_eq!(request.sysctls["net.ipv4.ip_unprivileged_port_start"], "0");
     }

@@ -1,14 +1,16 @@
-//! The shim's main part: serves containerd's Task API for one pod, from its first container to its last.
+//! The shim's main part: serves containerd's Task API and its Sandbox API for one pod, from its first container to its last.
 
 use std::{
     env, io,
     os::{fd::AsFd, unix::net::UnixListener as StdListener},
-    path::Path,
+    path::{Path, PathBuf},
+    pin::Pin,
     sync::Arc,
+    task::{Context, Poll},
     time::Duration,
 };
 
-use anyhow::Context;
+use anyhow::Context as _;
 use containerd_shim::{Flags, socket_address};
 use coreos_kvm_launcher::mountinfo;
 use nix::{
@@ -17,10 +19,12 @@ use nix::{
     unistd::{dup2_stdin, setsid},
 };
 use tokio::{
-    net::UnixListener,
+    io::{AsyncRead, ReadBuf},
+    net::{UnixListener, unix::OwnedReadHalf},
     signal::unix::{SignalKind, signal},
     time::timeout,
 };
+use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 use ttrpc::r#async::{Server, transport::Listener};
 
 use crate::{
@@ -28,8 +32,9 @@ use crate::{
     containerd::Containerd,
     events::{self, Events},
     hypervisor::Qemu,
-    logging,
+    logging, options,
     pod::Pod,
+    sandbox::SandboxService,
     service::Service,
 };
 
@@ -37,6 +42,8 @@ use crate::{
 const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 /// Longest time for the last events and answers to reach containerd.
 const FAREWELL: Duration = Duration::from_secs(5);
+/// Longest time from the pod's end until containerd, which has asked for it, hangs up.
+const HEARD: Duration = Duration::from_secs(1);
 /// What a guest is given to power off when the node goes down.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -89,17 +96,25 @@ async fn served(flags: &Flags, socket: StdListener) -> anyhow::Result<()> {
         address: flags.address.clone(),
         namespace: flags.namespace.clone(),
     };
-    let pod = Arc::new(Pod::new(Box::new(Qemu), Some(containerd), events));
+    let config = env::var_os(options::CONFIG).map(PathBuf::from);
+    let pod = Arc::new(Pod::new(Box::new(Qemu), Some(containerd), events, config));
 
     socket.set_nonblocking(true).context("preparing the socket")?;
     let listener = UnixListener::from_std(socket).context("preparing the socket")?;
-    let incoming = futures::stream::unfold(listener, |listener| async move {
-        let connection = listener.accept().await.map(|(stream, _)| stream);
-        Some((connection, listener))
+    let connections = TaskTracker::new();
+    let accepted = (listener, connections.clone());
+    let incoming = futures::stream::unfold(accepted, |(listener, connections)| async move {
+        let connection = listener.accept().await.map(|(stream, _)| {
+            let (half, writer) = stream.into_split();
+            let open = connections.token();
+            tokio::io::join(Reader { half, _open: open }, writer)
+        });
+        Some((connection, (listener, connections)))
     });
     let mut server = Server::new()
         .add_listener(Listener::new(incoming))
-        .register_service(Service::new(pod.clone()).both_versions());
+        .register_service(Service::new(pod.clone()).both_versions())
+        .register_service(SandboxService::new(pod.clone()).named());
     server.start().await.context("serving")?;
     tracing::info!(id = flags.id, version = env!("CARGO_PKG_VERSION"), "the shim serves");
 
@@ -112,7 +127,10 @@ async fn served(flags: &Flags, socket: StdListener) -> anyhow::Result<()> {
     };
     pod.end(grace).await;
 
-    // The answer to Shutdown is still on its way; then the last events are.
+    // The answer to who asked for the end is still on its way: a connection that ends along with it is a failed call to containerd's
+    // client. Then the last events are.
+    connections.close();
+    let _ = timeout(HEARD, connections.wait()).await;
     let _ = timeout(FAREWELL, server.shutdown()).await;
     drop((server, pod));
     let _ = timeout(FAREWELL, forwarding).await;
@@ -122,6 +140,18 @@ async fn served(flags: &Flags, socket: StdListener) -> anyhow::Result<()> {
     }
     tracing::info!(id = flags.id, "the shim ends");
     Ok(())
+}
+
+/// What comes by a connection, which counts as open as long as this is there.
+struct Reader {
+    half: OwnedReadHalf,
+    _open: TaskTrackerToken,
+}
+
+impl AsyncRead for Reader {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().half).poll_read(context, buffer)
+    }
 }
 
 fn take_stdin() -> io::Result<StdListener> {

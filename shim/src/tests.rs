@@ -33,6 +33,7 @@ mod calls;
 mod failures;
 mod fake;
 mod lives;
+mod sandboxes;
 mod sizes;
 
 const SOON: Duration = Duration::from_secs(10);
@@ -81,7 +82,12 @@ impl Node {
         };
         let (sink, events) = Events::queue("k8s.io");
         Self {
-            pod: Arc::new(Pod::new(Box::new(hypervisor), None, sink)),
+            pod: Arc::new(Pod::new(
+                Box::new(hypervisor),
+                None,
+                sink,
+                Some(root.path().join("config.toml")),
+            )),
             root,
             guest,
             machine,

@@ -10,11 +10,11 @@ use anyhow::{Context as _, Result, ensure};
 use kubeception_tests::artifacts::Containerd;
 use kubeception_tests::cri::{COREOS_KVM, RUNC, message};
 use kubeception_tests::leftovers::{Snapshot, expect_nothing_left, processes};
-use kubeception_tests::node::{Handler, Place};
+use kubeception_tests::node::{Handler, Place, Sandboxer};
 use kubeception_tests::pod::Pod;
 use libtest_mimic::Trial;
 
-use crate::lab::{Alone, CONFIG_INLINE, Lab, OwnPod, Start};
+use crate::lab::{Alone, CONFIG_INLINE, Lab, OwnPod, Start, node_name};
 
 /// How long a refusal may take.
 const SOON: Duration = Duration::from_secs(10);
@@ -24,9 +24,9 @@ const BOOT: Duration = Duration::from_secs(120);
 const NEVER_UP: u64 = 20;
 
 /// A node of its own: each trial looks at all that is on it.
-pub(crate) fn lab(version: Containerd, start: Start) -> Arc<Lab> {
+pub(crate) fn lab(version: Containerd, sandboxer: Sandboxer, start: Start) -> Arc<Lab> {
     let name = format!("bad-{version}");
-    let base = Place::new(&name).base().to_owned();
+    let base = Place::new(&node_name(&name, sandboxer)).base().to_owned();
     let path = |file: &str| format!("{:?}", base.join(file).display().to_string());
     let handlers = vec![
         start.handler(),
@@ -40,7 +40,7 @@ pub(crate) fn lab(version: Containerd, start: Start) -> Arc<Lab> {
         Handler::variant("unknown-key").set("gests_dir", "\"/somewhere\""),
         Handler::variant("bad-value").set("acceleration", "\"warp\""),
     ];
-    Lab::new(&name, version, start, handlers)
+    Lab::new(&name, version, sandboxer, start, handlers)
 }
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {

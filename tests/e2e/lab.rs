@@ -1,5 +1,6 @@
 //! The nodes that the trials run on, and the pods that trials share.
 
+use std::fs;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use kubeception_tests::artifacts::Containerd;
 use kubeception_tests::cri::{COREOS_KVM, Cri, message};
 use kubeception_tests::image;
 use kubeception_tests::leftovers::Snapshot;
-use kubeception_tests::node::{Handler, Node, Place};
+use kubeception_tests::node::{Handler, Node, Place, Sandboxer};
 use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::{Failed, Trial};
 
@@ -106,12 +107,14 @@ pub(crate) struct Lab {
     name: String,
     pub(crate) start: Start,
     version: Containerd,
+    sandboxer: Sandboxer,
     handlers: Vec<Handler>,
     started: OnceLock<Result<Started, String>>,
 }
 
 struct Started {
     start: Start,
+    sandboxer: Sandboxer,
     /// Held for writing by a trial that needs the node for itself.
     node: RwLock<Node>,
     cri: Cri,
@@ -146,13 +149,30 @@ impl Deref for Together<'_> {
     }
 }
 
+/// The name of a lab's node.
+pub(crate) fn node_name(name: &str, sandboxer: Sandboxer) -> String {
+    match sandboxer {
+        Sandboxer::PodSandbox => name.to_owned(),
+        Sandboxer::Shim => format!("{name}-sandbox"),
+    }
+}
+
 impl Lab {
-    pub(crate) fn new(name: &str, version: Containerd, start: Start, handlers: Vec<Handler>) -> Arc<Self> {
+    /// A lab whose handlers all have this sandboxer.
+    pub(crate) fn new(
+        name: &str,
+        version: Containerd,
+        sandboxer: Sandboxer,
+        start: Start,
+        handlers: Vec<Handler>,
+    ) -> Arc<Self> {
+        let handlers = handlers.into_iter().map(|handler| handler.sandboxer(sandboxer));
         Arc::new(Self {
-            name: name.to_owned(),
+            name: node_name(name, sandboxer),
             start,
             version,
-            handlers,
+            sandboxer,
+            handlers: handlers.collect(),
             started: OnceLock::new(),
         })
     }
@@ -190,7 +210,11 @@ impl Lab {
             Start::Clone => "",
             Start::Boot => ", booted",
         };
-        Trial::test(format!("containerd {}{how}: {name}", self.version), move || {
+        let by = match self.sandboxer {
+            Sandboxer::PodSandbox => "",
+            Sandboxer::Shim => ", sandboxer shim",
+        };
+        Trial::test(format!("containerd {}{by}{how}: {name}", self.version), move || {
             let begun = Instant::now();
             run().map_err(|error| {
                 let seconds = begun.elapsed().as_secs_f32();
@@ -204,8 +228,16 @@ impl Lab {
             let start = || {
                 let node = Node::start(&self.name, self.version, &self.handlers)?;
                 let cri = Cri::connect(&node)?;
+                if self.sandboxer == Sandboxer::Shim {
+                    // The first such pod makes them, and they stay.
+                    for folder in [node.place().run().join("containerd"), node.place().root()] {
+                        let sandboxes = folder.join("io.containerd.sandbox.controller.v1.shim");
+                        fs::create_dir_all(sandboxes.join("k8s.io"))?;
+                    }
+                }
                 anyhow::Ok(Started {
                     start: self.start,
+                    sandboxer: self.sandboxer,
                     node: RwLock::new(node),
                     cri,
                     shared: Mutex::new(None),
@@ -296,6 +328,10 @@ impl Alone<'_> {
 impl Together<'_> {
     pub(crate) fn machine_start(&self) -> Start {
         self.started.start
+    }
+
+    pub(crate) fn sandboxer(&self) -> Sandboxer {
+        self.started.sandboxer
     }
 
     /// The pod that trials share, started by the first.

@@ -2,13 +2,14 @@
 //!
 //! The name of a trial tells the containerd it runs on; `--containerd 1.7` chooses those of one.
 //! Machines are clones of templates; with `--boot` they boot.
+//! Sandboxes are containerd's own, and in some trials the shim's; with `--sandboxer shim` they are that in all.
 
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use kubeception_tests::artifacts::Containerd;
-use kubeception_tests::node::init;
+use kubeception_tests::node::{Sandboxer, init};
 use libtest_mimic::{Arguments, Trial};
 
 mod alone;
@@ -26,6 +27,7 @@ mod many;
 mod mounts;
 mod network;
 mod processes;
+mod sandbox;
 mod size;
 mod testbed;
 
@@ -40,30 +42,34 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<ExitCode> {
-    let (chosen, start, arguments) = arguments()?;
+    let (choice, arguments) = arguments()?;
+    let start = choice.start;
 
     let mut labs = Vec::new();
     let mut trials = install::trials();
-    for version in Containerd::ALL
-        .into_iter()
-        .filter(|version| chosen.is_none_or(|chosen| chosen == *version))
-    {
+    for (version, sandboxer) in choice.kinds() {
         let handlers = [start.handler()].into_iter().chain(full::handlers(start)).collect();
-        let lab = Lab::new(version.short(), version, start, handlers);
+        let lab = Lab::new(version.short(), version, sandboxer, start, handlers);
+        if sandboxer == Sandboxer::Shim && choice.sandboxer.is_none() {
+            trials.extend(sandbox::chosen_trials(&lab)?);
+            labs.push(lab);
+            continue;
+        }
         trials.extend(on_each(&lab));
-        match version {
-            Containerd::V1_6 => {}
-            Containerd::V1_7 => {
-                let bad = bad_input::lab(version, start);
-                trials.extend(bad_input::trials(&bad));
-                labs.push(bad);
-            }
-            Containerd::V2_1 => {
-                trials.extend(death::further_trials(&lab));
-                trials.extend(full::trials(&lab));
-                trials.extend(many::trials(&lab));
-                trials.extend(clones::trials(&lab));
-            }
+        // One containerd has to do for what it does not take part in.
+        if version == Containerd::V1_7 || sandboxer == Sandboxer::Shim {
+            let bad = bad_input::lab(version, sandboxer, start);
+            trials.extend(bad_input::trials(&bad));
+            labs.push(bad);
+        }
+        if version == Containerd::V2_1 {
+            trials.extend(death::further_trials(&lab));
+            trials.extend(full::trials(&lab));
+            trials.extend(many::trials(&lab));
+            trials.extend(clones::trials(&lab));
+        }
+        if sandboxer == Sandboxer::Shim {
+            trials.extend(sandbox::trials(&lab));
         }
         labs.push(lab);
     }
@@ -95,17 +101,50 @@ fn on_each(lab: &Arc<Lab>) -> Vec<Trial> {
     .collect()
 }
 
-/// Takes `--containerd VERSION` and `--boot` out of the arguments and leaves the rest to the harness.
-fn arguments() -> Result<(Option<Containerd>, Start, Arguments)> {
+/// What the trials are run on.
+struct Choice {
+    /// None: all.
+    containerd: Option<Containerd>,
+    /// None: containerd's own for all trials, and the shim for some.
+    sandboxer: Option<Sandboxer>,
+    start: Start,
+}
+
+impl Choice {
+    fn kinds(&self) -> impl Iterator<Item = (Containerd, Sandboxer)> {
+        let all = Containerd::ALL
+            .into_iter()
+            .flat_map(|version| Sandboxer::ALL.map(|sandboxer| (version, sandboxer)));
+        all.filter(|(version, sandboxer)| {
+            sandboxer.is_in(*version)
+                && self.containerd.is_none_or(|chosen| chosen == *version)
+                && self.sandboxer.map_or(
+                    // How a machine starts makes no difference to who asks for it.
+                    *sandboxer == Sandboxer::PodSandbox || self.start == Start::Clone,
+                    |chosen| chosen == *sandboxer,
+                )
+        })
+    }
+}
+
+/// Takes `--containerd VERSION`, `--sandboxer NAME` and `--boot` out of the arguments and leaves the rest to the harness.
+fn arguments() -> Result<(Choice, Arguments)> {
     let mut rest = Vec::new();
-    let (mut chosen, mut start) = (None, Start::Clone);
+    let mut choice = Choice {
+        containerd: None,
+        sandboxer: None,
+        start: Start::Clone,
+    };
     let mut all = std::env::args();
     while let Some(argument) = all.next() {
         if argument == "--containerd" {
             let version = all.next().context("--containerd needs a version: 1.6, 1.7 or 2.1")?;
-            chosen = Some(version.parse().map_err(anyhow::Error::msg)?);
+            choice.containerd = Some(version.parse().map_err(anyhow::Error::msg)?);
+        } else if argument == "--sandboxer" {
+            let name = all.next().context("--sandboxer needs a name: podsandbox or shim")?;
+            choice.sandboxer = Some(name.parse().map_err(anyhow::Error::msg)?);
         } else if argument == "--boot" {
-            start = Start::Boot;
+            choice.start = Start::Boot;
         } else {
             rest.push(argument);
         }
@@ -113,5 +152,5 @@ fn arguments() -> Result<(Option<Containerd>, Start, Arguments)> {
     let mut arguments = Arguments::from_iter(rest);
     // More machines at a time than processors only makes each of them late.
     arguments.test_threads.get_or_insert(2);
-    Ok((chosen, start, arguments))
+    Ok((choice, arguments))
 }

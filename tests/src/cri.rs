@@ -1,5 +1,6 @@
 //! The Container Runtime Interface, spoken as a kubelet (or crictl) speaks it, each call with a bound.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -175,6 +176,17 @@ impl Cri {
         self.call("inspectp", CALL_BOUND, client.pod_sandbox_status(request))?
             .status
             .context("inspectp: no status")
+    }
+
+    /// What is said of the pod beside its status, as `crictl inspectp` shows it: JSON, by names.
+    pub fn pod_info(&self, sandbox: &str) -> Result<HashMap<String, String>> {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: sandbox.to_owned(),
+            verbose: true,
+        };
+        let mut client = self.client.clone();
+        let response = self.call("inspectp", CALL_BOUND, client.pod_sandbox_status(request))?;
+        Ok(response.info)
     }
 
     /// The pod's address in the node's network.

@@ -34,11 +34,13 @@ impl Snapshot {
         }
         let place = node.place();
         let runtime = place.root().join("io.containerd.runtime.v2.task");
+        let sandboxes = place.root().join("io.containerd.sandbox.controller.v1.shim");
         let cri = place.root().join("io.containerd.grpc.v1.cri");
         for folder in [
             place.run(),
             place.cni_data(),
             runtime,
+            sandboxes,
             cri.join("sandboxes"),
             cri.join("containers"),
         ] {

@@ -9,11 +9,12 @@ use std::{
 
 use async_trait::async_trait;
 use coreos_kvm_launcher::{
+    accel::Acceleration,
     agent::AgentClient,
     config::Config,
     machine::Machine,
-    state::VsockAddress,
-    vm::{MachineSize, VmExit},
+    state::{CloneMode, Origin, ProcessId, Record, VsockAddress},
+    vm::{MachineSize, VmExit, VmInfo},
     vsock::VsockDialer,
 };
 use coreos_kvm_proto::{
@@ -329,6 +330,34 @@ impl RunningMachine for FakeMachine {
 
     fn agent(&self) -> &AgentClient {
         &self.agent
+    }
+
+    fn info(&self) -> VmInfo {
+        VmInfo {
+            record: Record {
+                id: "sandbox".to_owned(),
+                guest: "reference".to_owned(),
+                launcher: None,
+                qemu: Some(ProcessId {
+                    pid: QEMU,
+                    start_time: 1,
+                }),
+                helpers: Vec::new(),
+                vsock: Some(VsockAddress::Cid(3)),
+                acceleration: Some(Acceleration::Tcg),
+                acceleration_reason: Some("a trial took too long".to_owned()),
+                origin: Some(Origin::Clone {
+                    template: "0123abcd".to_owned(),
+                    mode: CloneMode::CopyOnWrite,
+                }),
+                vcpus: START.vcpus,
+                memory_mib: START.memory_mib,
+                netns: None,
+                cgroup: None,
+                uid: None,
+            },
+            console: "/run/coreos-kvm/sandbox/console.log".into(),
+        }
     }
 
     fn share(&self) -> Share {

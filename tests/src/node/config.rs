@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -12,12 +12,54 @@ use crate::artifacts::{self, Containerd};
 use crate::cri::COREOS_KVM;
 use crate::image;
 
+/// The shim's program.
+const SHIM: &str = "containerd-shim-coreos-kvm-v2";
+
+/// Who makes the sandboxes of an entry's pods: `sandboxer` in containerd's configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Sandboxer {
+    /// containerd itself, as containers, by the Task API.
+    #[default]
+    PodSandbox,
+    /// The shim, by the Sandbox API.
+    Shim,
+}
+
+impl Sandboxer {
+    pub const ALL: [Self; 2] = [Self::PodSandbox, Self::Shim];
+
+    /// containerd's name for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PodSandbox => "podsandbox",
+            Self::Shim => "shim",
+        }
+    }
+
+    /// Whether this containerd has it.
+    pub fn is_in(self, version: Containerd) -> bool {
+        self == Self::PodSandbox || version >= Containerd::V2_1
+    }
+}
+
+impl std::str::FromStr for Sandboxer {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|sandboxer| text == sandboxer.name())
+            .ok_or_else(|| format!("there is no sandboxer {text}, only podsandbox and shim"))
+    }
+}
+
 /// One entry of this runtime in containerd's configuration, with a config.toml of its own.
 #[derive(Debug, Clone)]
 pub struct Handler {
     name: String,
     /// Keys of config.toml and their values as TOML.
     settings: BTreeMap<String, String>,
+    sandboxer: Sandboxer,
 }
 
 impl Handler {
@@ -26,6 +68,7 @@ impl Handler {
         Self {
             name: COREOS_KVM.to_owned(),
             settings: BTreeMap::new(),
+            sandboxer: Sandboxer::default(),
         }
     }
 
@@ -43,9 +86,41 @@ impl Handler {
         self
     }
 
+    /// Has its sandboxes made by another than containerd itself.
+    pub fn sandboxer(mut self, sandboxer: Sandboxer) -> Self {
+        self.sandboxer = sandboxer;
+        self
+    }
+
     /// The file that the handler is configured by.
     pub fn config_path(&self, place: &Place) -> PathBuf {
         place.base().join(format!("{}.toml", self.name))
+    }
+
+    /// Its entry in containerd's configuration.
+    fn entry(&self, place: &Place) -> String {
+        let runtime = format!(
+            r#"plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{}"#,
+            self.name
+        );
+        let (runtime_type, further) = match self.sandboxer {
+            Sandboxer::PodSandbox => (
+                COREOS_KVM,
+                format!("[{runtime}.options]\n  ConfigPath = {:?}", self.config_path(place)),
+            ),
+            // With options no container would start on containerd 2.0 to 2.2.
+            Sandboxer::Shim => (self.name.as_str(), "sandboxer = \"shim\"".to_owned()),
+        };
+        format!(
+            r#"
+[{runtime}]
+  runtime_type = "io.containerd.{runtime_type}.v2"
+  pod_annotations = ["coreos-kvm.io/*"]
+  container_annotations = ["coreos-kvm.io/*"]
+  privileged_without_host_devices = true
+  {further}
+"#
+        )
     }
 
     fn config(&self, place: &Place) -> Result<String> {
@@ -71,7 +146,7 @@ impl Handler {
 }
 
 pub(super) fn write(place: &Place, version: Containerd, handlers: &[Handler]) -> Result<()> {
-    link_programs(place, version, !handlers.is_empty())?;
+    link_programs(place, version, handlers)?;
     if !handlers.is_empty() {
         symlink(artifacts::guests()?.join("reference"), place.guests().join("reference"))
             .context("linking the guest")?;
@@ -88,16 +163,31 @@ fn write_file(path: &Path, text: &str) -> Result<()> {
 }
 
 /// containerd finds shims by its PATH.
-fn link_programs(place: &Place, version: Containerd, with_runtime: bool) -> Result<()> {
+fn link_programs(place: &Place, version: Containerd, handlers: &[Handler]) -> Result<()> {
     let folder = artifacts::containerd(version)?;
     let mut programs = ["containerd", "ctr", "containerd-shim-runc-v2"]
         .map(|name| folder.join(name))
         .to_vec();
     programs.push(artifacts::runc()?);
-    if with_runtime {
-        programs.push(artifacts::program("containerd-shim-coreos-kvm-v2")?);
+    for handler in handlers {
+        let shim = artifacts::program(SHIM)?;
+        if handler.sandboxer == Sandboxer::PodSandbox {
+            programs.push(shim);
+            continue;
+        }
+        let path = place.programs().join(format!("containerd-shim-{}-v2", handler.name));
+        let config = handler.config_path(place);
+        write_file(
+            &path,
+            &format!("#!/bin/sh\nCOREOS_KVM_CONFIG={config:?} exec {shim:?} \"$@\"\n"),
+        )?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    }
+    if !handlers.is_empty() {
         programs.push(artifacts::program("coreos-kvm")?);
     }
+    programs.sort();
+    programs.dedup();
     for program in programs {
         let name = program
             .file_name()
@@ -178,20 +268,6 @@ state = "/run/containerd"
         registries = place.registries(),
         runc = artifacts::runc()?,
     );
-    for handler in handlers {
-        text += &format!(
-            r#"
-[{cri}.containerd.runtimes.{name}]
-  runtime_type = "io.containerd.coreos-kvm.v2"
-  pod_annotations = ["coreos-kvm.io/*"]
-  container_annotations = ["coreos-kvm.io/*"]
-  privileged_without_host_devices = true
-  [{cri}.containerd.runtimes.{name}.options]
-    ConfigPath = {config:?}
-"#,
-            name = handler.name,
-            config = handler.config_path(place),
-        );
-    }
+    text.extend(handlers.iter().map(|handler| handler.entry(place)));
     Ok(text)
 }

@@ -25,7 +25,7 @@ mod config;
 pub mod init;
 mod place;
 
-pub use config::Handler;
+pub use config::{Handler, Sandboxer};
 pub use place::Place;
 
 /// The CRI's endpoint inside a node, as crictl and critest take it.

@@ -14,11 +14,11 @@ mod table;
 
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
 use kubeception_tests::artifacts::{self, Containerd};
 use kubeception_tests::cri::{COREOS_KVM, RUNC};
-use kubeception_tests::node::{Handler, Node, init};
+use kubeception_tests::node::{Handler, Node, Sandboxer, init};
 use kubeception_tests::registry;
 
 use exceptions::Exceptions;
@@ -33,8 +33,11 @@ struct Arguments {
     /// 1.6, 1.7, 2.1 or all
     #[arg(long, default_value = "2.1", value_parser = versions)]
     containerd: Versions,
+    /// podsandbox or shim: who makes the sandboxes of this runtime's pods; only containerd 2.1 has shim
+    #[arg(long, default_value = "podsandbox")]
+    sandboxer: Sandboxer,
     /// Writes the table to docs/conformance.md
-    #[arg(long, conflicts_with = "focus")]
+    #[arg(long, conflicts_with_all = ["focus", "sandboxer"])]
     write: bool,
     /// Only this runtime: what counts is then what it fails
     #[arg(long, conflicts_with = "write", value_parser = [RUNC, COREOS_KVM])]
@@ -97,7 +100,16 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
 /// Both runs on one node: what differs then is the runtime.
 fn try_on(containerd: Containerd, arguments: &Arguments) -> Result<Found> {
     println!("containerd {}: starting a node with a registry", containerd.version());
-    let node = Node::start("conformance", containerd, &[Handler::standard()])?;
+    ensure!(
+        arguments.sandboxer.is_in(containerd),
+        "containerd {containerd} has no sandboxer {}",
+        arguments.sandboxer.name()
+    );
+    let name = match arguments.sandboxer {
+        Sandboxer::PodSandbox => "conformance",
+        Sandboxer::Shim => "conformance-sandbox",
+    };
+    let node = Node::start(name, containerd, &[Handler::standard().sandboxer(arguments.sandboxer)])?;
     registry::serve(&node, &images::make()?)?;
     let run = |handler: &'static str| match &arguments.only {
         Some(only) if only != handler => Ok(Outcomes::new()),

@@ -1,0 +1,123 @@
+//! Pods whose sandboxes are the shim's: what is the shim's to do then, and that all else goes on as with containerd's own.
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use kubeception_tests::cri::COREOS_KVM;
+use kubeception_tests::image::BUSYBOX;
+use kubeception_tests::pod::{Container, Pod};
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::lab::{Lab, OwnPod, Start, Together, origin};
+use crate::{container, death, events, machine, network, processes};
+
+pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
+    vec![
+        lab.trial("crictl inspectp tells what the pod's machine is", info),
+        lab.trial("containers share the pod's /dev/shm, and have its files in /etc", files),
+    ]
+}
+
+/// Of all others, those that go another way than with containerd's own sandboxes: by words of their names.
+const CHOSEN: [&str; 12] = [
+    "the pod is ready and has an address",
+    "a Container Linux Config in a ConfigMap",
+    "environment, hostname and resolv.conf",
+    "a container's exit code",
+    "statistics",
+    "a web server answers",
+    "is forwarded",
+    "containers that share their processes",
+    "events: create",
+    "containerd's restart loses nothing",
+    "QEMU killed",
+    "the shim killed",
+];
+
+/// These trials, and the chosen ones.
+///
+/// # Errors
+/// When there is no trial of a name.
+pub(crate) fn chosen_trials(lab: &Arc<Lab>) -> Result<Vec<Trial>> {
+    let others = [
+        machine::trials,
+        container::trials,
+        network::trials,
+        processes::trials,
+        events::trials,
+        death::trials,
+        death::further_trials,
+    ];
+    let others: Vec<_> = others.into_iter().flat_map(|trials| trials(lab)).collect();
+    for words in CHOSEN {
+        let found = others.iter().any(|trial| trial.name().contains(words));
+        ensure!(found, "there is no trial about {words:?}");
+    }
+    let chosen = others
+        .into_iter()
+        .filter(|trial| CHOSEN.iter().any(|words| trial.name().contains(words)));
+    Ok(chosen.chain(trials(lab)).collect())
+}
+
+fn info(lab: &Together<'_>) -> Result<()> {
+    let place = lab.node.place();
+    let own = OwnPod::run(lab, Pod::new(place, "told"), COREOS_KVM)?;
+    let said = lab.pod_info(&own.id)?;
+    let info: Value = serde_json::from_str(said.get("info").context("there is no info")?)?;
+    let text = |key: &str| {
+        info[key]
+            .as_str()
+            .with_context(|| format!("there is no {key} in {info}"))
+    };
+    let pid = info["pid"]
+        .as_u64()
+        .with_context(|| format!("there is no pid in {info}"))?;
+    let program = lab
+        .node
+        .command("cat")
+        .arg(format!("/proc/{pid}/comm"))
+        .output()?
+        .stdout;
+    ensure!(program.starts_with(b"qemu-system"), "{pid} is no QEMU: {info}");
+    ensure!(
+        text("guest")? == "reference" && ["kvm", "tcg"].contains(&text("accel")?),
+        "{info}"
+    );
+    let console = text("console")?;
+    let seen = lab.node.command("test").args(["-f", console]).status()?;
+    ensure!(seen.success(), "there is no {console}");
+    let origin = origin(place, &own.id)?;
+    match lab.machine_start() {
+        Start::Clone => ensure!(
+            info["kind"] == "clone" && info["template"] == origin["template"],
+            "{info} of {origin}"
+        ),
+        Start::Boot => ensure!(
+            info["kind"] == "booted" && info["why"] == origin["why"],
+            "{info} of {origin}"
+        ),
+    }
+    own.remove()
+}
+
+fn files(lab: &Together<'_>) -> Result<()> {
+    let idle = |name| lab.running(&Container::new(name, BUSYBOX).command(&["sleep", "2147483647"]));
+    let (one, two) = (idle("files-one")?, idle("files-two")?);
+    let run = |id: &str, script: &str| {
+        let said = lab.exec(id, &["sh", "-c", script])?;
+        ensure!(said.exit_code == 0, "{script}: {said:?}");
+        anyhow::Ok(said.stdout)
+    };
+    run(&one.id, "echo of one >/dev/shm/file")?;
+    let found = run(&two.id, "cat /dev/shm/file && rm /dev/shm/file")?;
+    ensure!(found == "of one\n", "/dev/shm of the other has {found:?}");
+    let hostname = run(&one.id, "cat /etc/hostname")?;
+    ensure!(hostname == "shared\n", "/etc/hostname has {hostname:?}");
+    let hosts = run(&one.id, "cat /etc/hosts")?;
+    ensure!(
+        hosts == std::fs::read_to_string("/etc/hosts")?,
+        "/etc/hosts has {hosts:?}"
+    );
+    Ok(())
+}
