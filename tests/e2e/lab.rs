@@ -105,7 +105,7 @@ impl Start {
 pub(crate) struct Lab {
     name: String,
     pub(crate) start: Start,
-    version: Containerd,
+    pub(crate) version: Containerd,
     handlers: Vec<Handler>,
     started: OnceLock<Result<Started, String>>,
 }

@@ -21,12 +21,18 @@ mod exec;
 mod full;
 mod install;
 mod lab;
+mod late;
 mod machine;
 mod many;
+mod measure;
 mod mounts;
 mod network;
+mod output;
+mod pod_cgroup;
 mod processes;
 mod size;
+mod stats;
+mod templates;
 mod testbed;
 
 use lab::{Lab, Start};
@@ -48,7 +54,14 @@ fn run() -> Result<ExitCode> {
         .into_iter()
         .filter(|version| chosen.is_none_or(|chosen| chosen == *version))
     {
-        let handlers = [start.handler()].into_iter().chain(full::handlers(start)).collect();
+        let handlers = [
+            start.handler(),
+            clones::handler(start),
+            templates::handler(version, start),
+        ]
+        .into_iter()
+        .chain(full::handlers(start))
+        .collect();
         let lab = Lab::new(version.short(), version, start, handlers);
         trials.extend(on_each(&lab));
         match version {
@@ -63,6 +76,9 @@ fn run() -> Result<ExitCode> {
                 trials.extend(full::trials(&lab));
                 trials.extend(many::trials(&lab));
                 trials.extend(clones::trials(&lab));
+                trials.extend(output::trials(&lab));
+                trials.extend(late::trials(&lab));
+                trials.extend(templates::trials(&lab));
             }
         }
         labs.push(lab);
@@ -89,6 +105,7 @@ fn on_each(lab: &Arc<Lab>) -> Vec<Trial> {
         death::trials,
         alone::trials,
         size::trials,
+        stats::trials,
     ]
     .into_iter()
     .flat_map(|trials| trials(lab))
