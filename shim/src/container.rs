@@ -43,6 +43,10 @@ const EXECS: Duration = Duration::from_secs(5);
 pub(crate) const DEATH: Duration = Duration::from_secs(60);
 /// Longest time from the machine's end to that of all its containers, of which each may be in the middle of a call.
 const TOLD: Duration = Duration::from_secs(15);
+/// How long the guest may take to count a container's processes: containerd asks for them when it starts, and has 5 s for a shim.
+const COUNT: Duration = Duration::from_secs(2);
+/// A guest may say any number. So many of them are far below the 4 MiB of a message.
+const COUNT_MAX: usize = 1 << 15;
 /// What a guest is given to power off when its sandbox is asked to end, rather than killed.
 const GRACE: Duration = Duration::from_secs(20);
 
@@ -169,6 +173,21 @@ impl Container {
     /// The pid of all its processes, see [`RunningMachine::pid`].
     pub(crate) fn pid(&self) -> u32 {
         self.machine.pid()
+    }
+
+    /// How many processes are in it, at least one: also where the guest does not tell soon.
+    pub(crate) async fn process_count(&self) -> usize {
+        if self.role == Role::Sandbox || !self.init.is_running() {
+            return 1;
+        }
+        match timeout(COUNT, self.machine.agent().list_pids(&self.id)).await {
+            Ok(Ok(pids)) => pids.len().clamp(1, COUNT_MAX),
+            Ok(Err(error)) => {
+                tracing::debug!(container_id = self.id, %error, "the guest does not tell a container's processes");
+                1
+            }
+            Err(_) => 1,
+        }
     }
 
     pub(crate) fn machine(&self) -> &Arc<dyn RunningMachine> {

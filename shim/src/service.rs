@@ -158,11 +158,13 @@ impl Task for Service {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
         let container = self.pod.container(&request.id)?;
+        // containerd counts them, and takes a container without any for a leaked one.
+        let process = ProcessInfo {
+            pid: container.pid(),
+            ..Default::default()
+        };
         Ok(PidsResponse {
-            processes: vec![ProcessInfo {
-                pid: container.pid(),
-                ..Default::default()
-            }],
+            processes: vec![process; container.process_count().await],
             ..Default::default()
         })
     }

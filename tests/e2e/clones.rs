@@ -1,20 +1,30 @@
 //! Pods whose machines are clones of one template, as pods see it.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use kubeception_tests::cri::COREOS_KVM;
+use kubeception_tests::cri::{COREOS_KVM, read_log, wait_for_log};
 use kubeception_tests::image::BUSYBOX;
-use kubeception_tests::pod::{Container, Pod};
+use kubeception_tests::leftovers::expect_nothing_left;
+use kubeception_tests::node::Handler;
+use kubeception_tests::pod::{Container, Pod, limits};
 use libtest_mimic::Trial;
 use serde_json::{Value, json};
 
-use crate::lab::{CONFIG_INLINE, Lab, OwnPod, Start, TEMPLATE, Together, eventually, expect_start, origin};
+use crate::lab::{Alone, CONFIG_INLINE, Lab, OwnPod, Start, TEMPLATE, Together, eventually, expect_start, origin};
 
+/// Handler of machines that are clones with a copy of memory.
+pub(crate) const COPY: &str = "copy";
+const BOUND: Duration = Duration::from_secs(30);
 /// After its services have been woken a clone makes its ssh keys.
 const SERVICES: Duration = Duration::from_secs(60);
+
+pub(crate) fn handler(start: Start) -> Handler {
+    start.applied(Handler::variant(COPY)).set("clone_mode", "\"copy\"")
+}
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     if lab.start == Start::Boot {
@@ -27,6 +37,10 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
             own_templates,
         ),
         lab.trial("a pod that is not to be a clone boots", no_clone),
+        lab.trial_alone(
+            "a clone with a copy of memory: containers, execs, files, output and growth; nothing is left",
+            by_copy,
+        ),
     ]
 }
 
@@ -108,4 +122,59 @@ fn no_clone(lab: &Together<'_>) -> Result<()> {
     let own = OwnPod::run(lab, pod, COREOS_KVM)?;
     expect_start(place, &own.id, Start::Boot)?;
     own.remove()
+}
+
+fn by_copy(lab: &mut Alone<'_>) -> Result<()> {
+    let before = lab.snapshot()?;
+    let place = lab.node.place();
+    // Two, for neither may have anything of the other's.
+    let pods = ["copy-a", "copy-b"].map(|name| OwnPod::run(lab.cri, Pod::new(place, name), COPY));
+    for own in pods {
+        let own = own?;
+        let origin = origin(place, &own.id)?;
+        ensure!(
+            origin["from"] == "clone" && origin["mode"] == "copy",
+            "its origin is {origin}"
+        );
+        lives(lab, &own)?;
+        own.remove()?;
+    }
+    expect_nothing_left(&lab.node, &before, BOUND)
+}
+
+/// Everything that goes another way in such a clone: calls, streams and files.
+fn lives(lab: &Alone<'_>, own: &OwnPod<'_>) -> Result<()> {
+    let folder = lab.node.place().base().join("copied");
+    fs::create_dir_all(&folder)?;
+    fs::write(folder.join("from-host"), "hello guest\n")?;
+    let script = "cat /volume/from-host; echo hello host > /volume/from-guest; seq 1 20000; while :; do sleep 1; done";
+    let container = Container::script("lives", script).host_path(&folder, "/volume", false);
+    let id = lab.cri.run(&own.id, &container, &own.pod)?;
+    wait_for_log(&container.log(&own.pod), BOUND, |line| line.text == "20000")?;
+    let log = read_log(&container.log(&own.pod))?;
+    let expected = std::iter::once("hello guest".to_owned()).chain((1..=20_000).map(|number| number.to_string()));
+    ensure!(
+        log.iter()
+            .map(|line| &line.text)
+            .eq(expected.collect::<Vec<_>>().iter()),
+        "the log of {} lines is not what was written",
+        log.len()
+    );
+    let written = fs::read_to_string(folder.join("from-guest")).context("what the container wrote")?;
+    ensure!(written == "hello host\n", "the container wrote {written:?}");
+
+    // Its root file system, by way of the host and back.
+    let script =
+        "head -c 3000000 /dev/urandom > /new && sync && cp /new /copy && cmp /new /copy && wc -c < /copy; hostname";
+    let said = lab.cri.exec(&id, &["sh", "-c", script])?;
+    let name = &own.pod.config.hostname;
+    ensure!(said.stdout == format!("3000000\n{name}\n"), "an exec says {said:?}");
+    lab.cri.update(&id, limits(1000, 1024))?;
+    let said = lab.cri.exec(&id, &["grep", "MemTotal:", "/proc/meminfo"])?;
+    let kib = said.stdout.split_ascii_whitespace().nth(1).context("no memory")?;
+    ensure!(kib.parse::<u64>()? > 1 << 20, "with 1 GiB allowed there is {kib} KiB");
+    lab.cri.stop(&id, Duration::ZERO)?;
+    let exit = lab.cri.status(&id)?.exit_code;
+    ensure!(exit == 137, "its exit code is {exit}");
+    lab.cri.remove(&id)
 }

@@ -30,7 +30,6 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
         lab.trial("environment, hostname and resolv.conf are the pod's", surroundings),
         lab.trial("a container writes to its root file system and to a host path", writes),
         lab.trial("a container over its memory limit is killed and says so", out_of_memory),
-        lab.trial("statistics tell processor time and memory", statistics),
     ]
 }
 
@@ -194,32 +193,4 @@ fn out_of_memory(lab: &Together<'_>) -> Result<()> {
         status.reason
     );
     Ok(())
-}
-
-fn statistics(lab: &Together<'_>) -> Result<()> {
-    let container = lab.running(&Container::script(
-        "busy",
-        "i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done; sleep 600",
-    ))?;
-    let deadline = Instant::now() + BOUND;
-    loop {
-        let stats = lab.stats(&container.id)?;
-        let cpu = stats
-            .cpu
-            .and_then(|cpu| cpu.usage_core_nano_seconds)
-            .map_or(0, |value| value.value);
-        let memory = stats
-            .memory
-            .and_then(|memory| memory.working_set_bytes)
-            .map_or(0, |value| value.value);
-        // A loop in a shell takes milliseconds of processor time, and the shell some 100 kB.
-        if cpu > 1_000_000 && memory > 50_000 {
-            return Ok(());
-        }
-        ensure!(
-            Instant::now() < deadline,
-            "{cpu} ns of processor time, {memory} bytes of memory"
-        );
-        std::thread::sleep(Duration::from_millis(200));
-    }
 }

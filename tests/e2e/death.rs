@@ -16,6 +16,7 @@ use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 
 use crate::lab::{Alone, Lab, OwnPod, Start, eventually, expect_start, in_guest};
+use crate::measure::{QEMU, SHIM};
 
 const BOUND: Duration = Duration::from_secs(30);
 /// How long it may take until a pod's status tells that its machine is of no use any more: less than 5 s, and as much again for what
@@ -25,8 +26,6 @@ const TOLD: Duration = Duration::from_secs(10);
 const POWER_OFF: Duration = Duration::from_secs(60);
 /// How long a call may last that waits for a guest which does nothing any more, and so for the end of the call's own time.
 const UNANSWERED: Duration = Duration::from_secs(25);
-const SHIM: &str = "containerd-shim-coreos-kvm";
-const QEMU: &str = "qemu-system";
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     vec![

@@ -12,10 +12,14 @@ use kubeception_tests::node::{Handler, Node};
 use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::Trial;
 
+use crate::clones::COPY;
 use crate::lab::{Alone, Lab, OwnPod, Start, origin};
+use crate::pod_cgroup::PodCgroup;
 
 /// Handler of machines whose folders are in a small file system.
 const STATE: &str = "small-state";
+/// The same of machines that are clones with a copy of memory.
+const STATE_OF_COPIES: &str = "small-state-copy";
 /// Handler of machines whose templates are in it.
 const TEMPLATES: &str = "small-templates";
 /// That file system, inside the node.
@@ -25,12 +29,16 @@ const SOON: Duration = Duration::from_secs(10);
 /// Room that is left, in KiB: none, and too little at one place or another.
 const LEFT: [u32; 5] = [0, 4, 8, 12, 16];
 
-pub(crate) fn handlers(start: Start) -> [Handler; 2] {
+pub(crate) fn handlers(start: Start) -> [Handler; 3] {
     let folder = |path: String| format!("{path:?}");
     [
         start
             .applied(Handler::variant(STATE))
             .set("state_dir", folder(ROOM.to_owned())),
+        start
+            .applied(Handler::variant(STATE_OF_COPIES))
+            .set("state_dir", folder(ROOM.to_owned()))
+            .set("clone_mode", "\"copy\""),
         start
             .applied(Handler::variant(TEMPLATES))
             .set("template_dir", folder(format!("{ROOM}/templates"))),
@@ -44,7 +52,15 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     vec![
         lab.trial_alone(
             "no room for machines: pods are refused and say where, nothing is left; with room they run",
-            no_room,
+            |lab| no_room(lab, STATE),
+        ),
+        lab.trial_alone(
+            "no room for machines with a copy of memory: pods are refused and say where, nothing is left",
+            |lab| no_room(lab, STATE_OF_COPIES),
+        ),
+        lab.trial_alone(
+            "no room for a copy of memory: the pod is refused, nothing is left; with room it is a clone",
+            no_memory,
         ),
         lab.trial_alone(
             "no room any more: a machine that runs goes on, and is removed",
@@ -54,16 +70,16 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     ]
 }
 
-fn no_room(lab: &mut Alone<'_>) -> Result<()> {
+fn no_room(lab: &mut Alone<'_>, handler: &str) -> Result<()> {
     let room = Room::mount(&lab.node)?;
     // The first makes what stays.
-    one_pod(lab)?;
+    one_pod(lab, handler)?;
     let (before, files, pods) = (Snapshot::take(&lab.node)?, room.files()?, lab.cri.pods()?);
     room.fill()?;
     for left in LEFT {
         room.leave(left)?;
         let begun = Instant::now();
-        match one_pod(lab) {
+        match one_pod(lab, handler) {
             Ok(()) => ensure!(left > 0, "a pod runs where there is no room"),
             Err(error) => {
                 let (error, took) = (message(&error), begun.elapsed());
@@ -84,12 +100,39 @@ fn no_room(lab: &mut Alone<'_>) -> Result<()> {
         clean().with_context(|| format!("after a start with {left} KiB left"))?;
     }
     room.empty()?;
-    one_pod(lab)
+    one_pod(lab, handler)
+}
+
+/// The copy is on the pod's account, whose bound comes in the middle of it.
+fn no_memory(lab: &mut Alone<'_>) -> Result<()> {
+    /// Of the memory that is copied some 90 MiB are not zero.
+    const TOO_LITTLE: u64 = 48 << 20;
+    const ENOUGH: u64 = 1 << 30;
+
+    lab.shared()?;
+    let cgroup = PodCgroup::make(lab.node.place(), "bounded")?;
+    let pod = |name: &str| cgroup.takes(Pod::new(lab.node.place(), name));
+    let before = Snapshot::take(&lab.node)?;
+    cgroup.limit_memory(TOO_LITTLE)?;
+    let error = OwnPod::run(lab.cri, pod("bounded"), COPY).err();
+    let error = message(&error.context("a pod has a machine that its memory is too small for")?);
+    ensure!(error.contains("killed by signal 9"), "the error is {error:?}");
+    expect_nothing_left(&lab.node, &before, SOON)?;
+
+    cgroup.limit_memory(ENOUGH)?;
+    let own = OwnPod::run(lab.cri, pod("with-room"), COPY)?;
+    let origin = origin(lab.node.place(), &own.id)?;
+    ensure!(
+        origin["from"] == "clone" && origin["mode"] == "copy",
+        "its origin is {origin}"
+    );
+    own.remove()?;
+    expect_nothing_left(&lab.node, &before, SOON)
 }
 
 fn no_room_any_more(lab: &mut Alone<'_>) -> Result<()> {
     let room = Room::mount(&lab.node)?;
-    one_pod(lab)?;
+    one_pod(lab, STATE)?;
     let files = room.files()?;
     let own = OwnPod::run(lab.cri, Pod::new(lab.node.place(), "goes-on"), STATE)?;
     room.fill()?;
@@ -122,8 +165,8 @@ fn no_templates(lab: &mut Alone<'_>) -> Result<()> {
     Ok(())
 }
 
-fn one_pod(lab: &Alone<'_>) -> Result<()> {
-    OwnPod::run(lab.cri, Pod::new(lab.node.place(), "small"), STATE)?.remove()
+fn one_pod(lab: &Alone<'_>, handler: &str) -> Result<()> {
+    OwnPod::run(lab.cri, Pod::new(lab.node.place(), "small"), handler)?.remove()
 }
 
 /// A small file system in memory, unmounted when dropped.

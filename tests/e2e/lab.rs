@@ -106,7 +106,7 @@ impl Start {
 pub(crate) struct Lab {
     name: String,
     pub(crate) start: Start,
-    version: Containerd,
+    pub(crate) version: Containerd,
     sandboxer: Sandboxer,
     handlers: Vec<Handler>,
     started: OnceLock<Result<Started, String>>,

@@ -22,13 +22,19 @@ mod exec;
 mod full;
 mod install;
 mod lab;
+mod late;
 mod machine;
 mod many;
+mod measure;
 mod mounts;
 mod network;
+mod output;
+mod pod_cgroup;
 mod processes;
 mod sandbox;
 mod size;
+mod stats;
+mod templates;
 mod testbed;
 
 use lab::{Lab, Start};
@@ -48,7 +54,14 @@ fn run() -> Result<ExitCode> {
     let mut labs = Vec::new();
     let mut trials = install::trials();
     for (version, sandboxer) in choice.kinds() {
-        let handlers = [start.handler()].into_iter().chain(full::handlers(start)).collect();
+        let handlers = [
+            start.handler(),
+            clones::handler(start),
+            templates::handler(&lab::node_name(version.short(), sandboxer), start),
+        ]
+        .into_iter()
+        .chain(full::handlers(start))
+        .collect();
         let lab = Lab::new(version.short(), version, sandboxer, start, handlers);
         if sandboxer == Sandboxer::Shim && choice.sandboxer.is_none() {
             trials.extend(sandbox::chosen_trials(&lab)?);
@@ -67,6 +80,9 @@ fn run() -> Result<ExitCode> {
             trials.extend(full::trials(&lab));
             trials.extend(many::trials(&lab));
             trials.extend(clones::trials(&lab));
+            trials.extend(output::trials(&lab));
+            trials.extend(late::trials(&lab));
+            trials.extend(templates::trials(&lab));
         }
         if sandboxer == Sandboxer::Shim {
             trials.extend(sandbox::trials(&lab));
@@ -95,6 +111,7 @@ fn on_each(lab: &Arc<Lab>) -> Vec<Trial> {
         death::trials,
         alone::trials,
         size::trials,
+        stats::trials,
     ]
     .into_iter()
     .flat_map(|trials| trials(lab))

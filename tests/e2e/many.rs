@@ -6,24 +6,24 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use kubeception_tests::cri::{COREOS_KVM, wait_for_log};
 use kubeception_tests::image::BUSYBOX;
 use kubeception_tests::leftovers::{Snapshot, expect_nothing_left, processes};
 use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::Trial;
-use nix::unistd::Pid;
 
 use crate::lab::{Alone, Lab, OwnPod, Start, eventually, expect_start, in_guest};
+use crate::measure::{AGENTS_CGROUP, SHIM, agents_memory, private_memory, process_of, settable};
 
-const SHIM: &str = "containerd-shim-coreos-kvm";
 const BOUND: Duration = Duration::from_secs(30);
 /// In one pod.
 const CONTAINERS: u32 = 20;
-/// In a row, after so many that fill what is kept for the next.
-const EXECS: u32 = 100;
-const WARM_UP: u32 = 10;
-/// Of the shim's memory by these, in bytes. What each of them kept would be a hundred times that.
+/// In a row, unless this variable of the environment has another number, after so many that fill what is kept for the next.
+const EXECS: (&str, u64) = ("COREOS_KVM_EXECS", 100);
+const WARM_UP: u64 = 20;
+/// Of the shim's memory by these, and of the agent's, in bytes. What each of them kept, a buffer of a stream or the record of a process,
+/// would be a hundred times that.
 const GROWTH_MAX: u64 = 512 << 10;
 
 const PODS: u32 = 20;
@@ -48,7 +48,7 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
                 churn,
             ),
             lab.trial_alone("a pod of 20 containers, each with its own output", containers),
-            lab.trial_alone("100 execs leave no file open, no process and no memory", execs),
+            lab.trial_alone("execs in a row leave no file open, no process and no memory", execs),
         ]);
     }
     trials
@@ -72,8 +72,9 @@ fn containers(lab: &mut Alone<'_>) -> Result<()> {
     expect_nothing_left(&lab.node, &before, BOUND)
 }
 
-/// What there is of processes on the node and in the guest, by name and pid, with the number of their open files.
-fn open_files(lab: &Alone<'_>, sandbox: &str) -> Result<BTreeMap<String, usize>> {
+/// What there is of processes on the node, by name and pid, with the number of their open files; of threads in the shim; of the
+/// agent's files, processes and zombies in the guest, and of processes in a container.
+fn open_files(lab: &Alone<'_>, sandbox: &str, container: &str) -> Result<BTreeMap<String, usize>> {
     let mut files = BTreeMap::new();
     for process in processes(&lab.node)? {
         let open = fs::read_dir(format!("/proc/{}/fd", process.pid));
@@ -82,9 +83,19 @@ fn open_files(lab: &Alone<'_>, sandbox: &str) -> Result<BTreeMap<String, usize>>
             files.insert(format!("{} {}", process.pid, process.command), open.count());
         }
     }
-    let agent = "ls /proc/$(systemctl show --property=MainPID --value coreos-kvm-agent.service)/fd | wc -l; \
-        cat /sys/fs/cgroup/system.slice/coreos-kvm-agent.service/agent/cgroup.procs | wc -l";
-    for (number, line) in in_guest(&lab.node, sandbox, &["sh", "-c", agent])?.lines().enumerate() {
+    let shim = process_of(&lab.node, sandbox, SHIM)?.pid;
+    files.insert(
+        "threads of the shim".to_owned(),
+        fs::read_dir(format!("/proc/{shim}/task"))?.count(),
+    );
+    let script = format!(
+        "ls /proc/$(systemctl show --property=MainPID --value coreos-kvm-agent.service)/fd | wc -l
+        cat {AGENTS_CGROUP}/agent/cgroup.procs | wc -l
+        cat /proc/[0-9]*/stat 2> /dev/null | grep -c ') Z '
+        cat {AGENTS_CGROUP}/{container}/pids.current"
+    );
+    let said = in_guest(&lab.node, sandbox, &["sh", "-c", &script])?;
+    for (number, line) in said.lines().enumerate() {
         files.insert(format!("in the guest, {number}"), line.trim().parse()?);
     }
     Ok(files)
@@ -94,57 +105,59 @@ fn execs(lab: &mut Alone<'_>) -> Result<()> {
     let own = OwnPod::run(lab.cri, Pod::new(lab.node.place(), "execs"), COREOS_KVM)?;
     let container = Container::new("idle", BUSYBOX).command(&["sleep", "2147483647"]);
     let container = lab.cri.run(&own.id, &container, &own.pod)?;
-    let run = |count: u32| {
+    let run = |count: u64| {
         (0..count).try_for_each(|number| {
             let said = lab.cri.exec(&container, &["echo", &number.to_string()])?;
             ensure!(said.stdout.trim() == number.to_string(), "exec {number} said {said:?}");
             Ok(())
         })
     };
-    let shim = processes(&lab.node)?
-        .into_iter()
-        .find(|process| process.command.contains(SHIM) && process.command.contains(&own.id));
-    let shim = shim.context("the pod has no shim")?.pid;
+    let shim = process_of(&lab.node, &own.id, SHIM)?.pid;
+    let memory = || anyhow::Ok((private_memory(shim)?, agents_memory(&lab.node, &own.id)?));
     run(WARM_UP)?;
+    memory()?;
     // What is open at one time and not at the next is on its way.
     let files = eventually(BOUND, || {
-        let files = open_files(lab, &own.id)?;
-        ensure!(files == open_files(lab, &own.id)?, "files come and go");
+        let files = open_files(lab, &own.id, &container)?;
+        ensure!(
+            files == open_files(lab, &own.id, &container)?,
+            "files come and go: {files:#?}"
+        );
         Ok(files)
     })?;
-    let memory = private_memory(shim)?;
-    run(EXECS)?;
+    let (before, begun, count) = (memory()?, Instant::now(), settable(EXECS)?);
+    run(count)?;
+    let took = begun.elapsed();
     eventually(BOUND, || {
-        let now = open_files(lab, &own.id)?;
+        let now = open_files(lab, &own.id, &container)?;
         let more = now
             .iter()
             .filter(|(name, open)| files.get(*name).is_none_or(|before| before < *open));
         let more: Vec<_> = more.collect();
         ensure!(more.is_empty(), "there were {files:#?}, and are more: {more:#?}");
-        let grown = private_memory(shim)?.saturating_sub(memory);
-        ensure!(grown < GROWTH_MAX, "the shim has grown by {} KiB", grown >> 10);
+        let now = memory()?;
+        let grown = (now.0.saturating_sub(before.0), now.1.saturating_sub(before.1));
+        ensure!(
+            grown.0 < GROWTH_MAX && grown.1 < GROWTH_MAX,
+            "the shim has grown by {} KiB, the agent by {} KiB",
+            grown.0 >> 10,
+            grown.1 >> 10
+        );
+        eprintln!(
+            "{count} execs took {:.1} s; the shim has {} KiB for itself, {} before; the agent {}, {} before",
+            took.as_secs_f32(),
+            now.0 >> 10,
+            before.0 >> 10,
+            now.1 >> 10,
+            before.1 >> 10
+        );
         Ok(())
     })?;
     own.remove()
 }
 
-/// In bytes: proc_pid_smaps_rollup(5) has KiB.
-fn private_memory(pid: Pid) -> Result<u64> {
-    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let lines = rollup.lines().filter_map(|line| line.strip_prefix("Private_Dirty:"));
-    let kib: u64 = lines
-        .filter_map(|line| line.split_whitespace().next()?.parse::<u64>().ok())
-        .sum();
-    Ok(kib << 10)
-}
-
 fn churn(lab: &mut Alone<'_>) -> Result<()> {
-    let (variable, seconds) = CHURN;
-    let seconds = match std::env::var(variable) {
-        Ok(text) => text.parse().with_context(|| format!("{variable} is {text:?}"))?,
-        Err(_) => seconds,
-    };
-    let end = Instant::now() + Duration::from_secs(seconds);
+    let end = Instant::now() + Duration::from_secs(settable(CHURN)?);
     pods(lab, CROWD, |_| Instant::now() < end)
 }
 

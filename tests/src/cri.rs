@@ -11,9 +11,9 @@ use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     ContainerState, ContainerStats, ContainerStatsRequest, ContainerStatus, ContainerStatusRequest,
     CreateContainerRequest, ExecRequest, ExecSyncRequest, ExecSyncResponse, LinuxContainerResources,
-    ListContainersRequest, ListPodSandboxRequest, PodSandboxStatus, PodSandboxStatusRequest, PortForwardRequest,
-    RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StatusRequest,
-    StopContainerRequest, StopPodSandboxRequest, UpdateContainerResourcesRequest,
+    ListContainersRequest, ListPodSandboxRequest, PodSandboxStats, PodSandboxStatsRequest, PodSandboxStatus,
+    PodSandboxStatusRequest, PortForwardRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
+    StartContainerRequest, StatusRequest, StopContainerRequest, StopPodSandboxRequest, UpdateContainerResourcesRequest,
 };
 use tonic::transport::Channel;
 use tonic::{Response, Status};
@@ -29,13 +29,13 @@ pub const RUNC: &str = "runc";
 /// Bound of a call that boots a machine: a cold boot without KVM on a loaded machine, with room.
 const BOOT_BOUND: Duration = Duration::from_secs(240);
 /// Bound of any other call.
-const CALL_BOUND: Duration = Duration::from_secs(60);
+pub(crate) const CALL_BOUND: Duration = Duration::from_secs(60);
 
 /// A client; its methods block. The RPC's own error is kept (`downcast_ref::<Status>`), with the call's name before it.
 #[derive(Debug)]
 pub struct Cri {
     runtime: tokio::runtime::Runtime,
-    channel: Channel,
+    pub(crate) channel: Channel,
     client: RuntimeServiceClient<Channel>,
 }
 
@@ -86,12 +86,17 @@ impl Cri {
     }
 
     pub fn start(&self, container: &str) -> Result<()> {
-        let request = StartContainerRequest {
+        self.start_within(container, CALL_BOUND)
+    }
+
+    /// A start by a client that gives up after so long, and says so beforehand, as a kubelet does.
+    pub fn start_within(&self, container: &str, bound: Duration) -> Result<()> {
+        let mut request = tonic::Request::new(StartContainerRequest {
             container_id: container.to_owned(),
-        };
+        });
+        request.set_timeout(bound);
         let mut client = self.client.clone();
-        self.call("start", CALL_BOUND, client.start_container(request))
-            .map(drop)
+        self.call("start", bound, client.start_container(request)).map(drop)
     }
 
     /// Creates and starts.
@@ -216,6 +221,16 @@ impl Cri {
             .context("stats: none")
     }
 
+    pub fn pod_stats(&self, sandbox: &str) -> Result<PodSandboxStats> {
+        let request = PodSandboxStatsRequest {
+            pod_sandbox_id: sandbox.to_owned(),
+        };
+        let mut client = self.client.clone();
+        self.call("statsp", CALL_BOUND, client.pod_sandbox_stats(request))?
+            .stats
+            .context("statsp: none")
+    }
+
     /// Whether the runtime and its network are ready, as `crictl info` shows them.
     pub fn ready(&self) -> Result<bool> {
         let mut client = self.client.clone();
@@ -317,7 +332,7 @@ impl Cri {
         }
     }
 
-    fn call<T>(
+    pub(crate) fn call<T>(
         &self,
         name: &'static str,
         bound: Duration,

@@ -6,6 +6,7 @@
 //! - [`image`]: the test images; [`layout`]: how images are made and written
 //! - [`registry`]: a registry inside a node, for what has to be pulled
 //! - [`cri`] and [`pod`]: the Container Runtime Interface, as a kubelet speaks it; [`stream`]: interactive execs
+//! - [`task`]: a container without the CRI
 //! - [`http`]: a request to a pod
 //! - [`events`]: what containerd publishes
 //! - [`bare`]: QEMU by hand, to measure against
@@ -23,3 +24,4 @@ pub mod node;
 pub mod pod;
 pub mod registry;
 pub mod stream;
+pub mod task;

@@ -98,6 +98,9 @@ async fn find_or_make(
             Err(error) => {
                 let why = sentence(&error);
                 tracing::warn!(template = %key, why, "the template cannot be used");
+                if let TemplateError::Damaged { .. } = error {
+                    store.note_use(key, Some(why.clone()));
+                }
                 forget_damaged(store, key, &error);
                 return Err(why);
             }

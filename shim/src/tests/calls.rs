@@ -143,6 +143,33 @@ async fn the_task_api_answers_for_what_it_knows() {
     assert_eq!(versions, ["containerd.task.v2.Task", "containerd.task.v3.Task"]);
 }
 
+#[tokio::test(start_paused = true)]
+async fn containerd_is_told_how_many_processes_there_are_and_never_that_there_are_none() {
+    use containerd_shim_protos::api::PidsRequest;
+
+    let mut node = Node::new().await;
+    node.run_sandbox().await;
+    node.run("c1").await;
+    let service = Service::new(node.pod.clone());
+    let told = async |id: &str| {
+        let request = PidsRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        let told = service.pids(&context(), request).await.unwrap().processes;
+        assert!(told.iter().all(|process| process.pid == QEMU));
+        told.len()
+    };
+    *node.guest.pids.lock().unwrap() = vec![7, 8, 9];
+    assert_eq!((told("c1").await, told(SANDBOX).await), (3, 1));
+    *node.guest.pids.lock().unwrap() = (1..=1 << 20).collect();
+    assert_eq!(told("c1").await, 1 << 15);
+    node.guest.pids.lock().unwrap().clear();
+    assert_eq!(told("c1").await, 1);
+    node.guest.held.send_replace("pids");
+    assert_eq!(told("c1").await, 1);
+}
+
 /// containerd, as far as events go: present only from some time on.
 #[tokio::test]
 async fn events_wait_in_order_for_a_containerd_that_is_gone() {

@@ -62,6 +62,8 @@ pub(super) struct Guest {
     pub(super) deaf: Mutex<bool>,
     /// What processes print, by container.
     pub(super) prints: Mutex<HashMap<String, Vec<u8>>>,
+    /// The processes of each container.
+    pub(super) pids: Mutex<Vec<u32>>,
     /// What came to a container's stdin, once it has ended.
     pub(super) stdin: Mutex<HashMap<String, Vec<u8>>>,
     pub(super) sandbox: Mutex<Option<proto::ConfigureSandboxRequest>>,
@@ -245,6 +247,19 @@ impl Agent for FakeAgent {
     ) -> ttrpc::Result<proto::Empty> {
         self.0.called("update", request.container_id)?;
         Ok(proto::Empty::default())
+    }
+
+    async fn list_pids(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ContainerRequest,
+    ) -> ttrpc::Result<proto::ListPidsResponse> {
+        self.0.called("pids", request.container_id)?;
+        self.0.let_go("pids").await;
+        Ok(proto::ListPidsResponse {
+            pids: self.0.pids.lock().unwrap().clone(),
+            ..Default::default()
+        })
     }
 
     async fn stats(&self, _: &TtrpcContext, _: proto::ContainerRequest) -> ttrpc::Result<proto::StatsResponse> {
