@@ -113,7 +113,7 @@ fn try_on(containerd: Containerd, arguments: &Arguments) -> Result<Found> {
     registry::serve(&node, &images::make()?)?;
     let run = |handler: &'static str| match &arguments.only {
         Some(only) if only != handler => Ok(Outcomes::new()),
-        _ => suite::run(&node, handler, arguments.focus.as_deref()).context(handler),
+        _ => suite::run(&node, handler, arguments.sandboxer, arguments.focus.as_deref()).context(handler),
     };
     Ok(Found {
         containerd,
