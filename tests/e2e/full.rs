@@ -100,7 +100,11 @@ fn no_room(lab: &mut Alone<'_>, handler: &str) -> Result<()> {
         clean().with_context(|| format!("after a start with {left} KiB left"))?;
     }
     room.empty()?;
-    one_pod(lab, handler)
+    let own = OwnPod::run(lab.cri, Pod::new(lab.node.place(), "with-room"), handler)?;
+    let record: serde_json::Value = serde_json::from_str(&room.run(&format!("cat {ROOM}/{}/machine.json", own.id))?)?;
+    let origin = &record["origin"];
+    ensure!(origin["from"] == "clone", "its origin is {origin}");
+    own.remove()
 }
 
 /// The copy is on the pod's account, whose bound comes in the middle of it.

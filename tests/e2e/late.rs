@@ -1,5 +1,6 @@
 //! A client that does not wait any longer, while the guest has its own time: what it wanted has one outcome all the same.
 
+use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use k8s_cri::v1::ContainerState;
 use kubeception_tests::cri::{COREOS_KVM, message};
 use kubeception_tests::image::BUSYBOX;
 use kubeception_tests::leftovers::expect_nothing_left;
+use kubeception_tests::node::Node;
 use kubeception_tests::pod::{Container, Pod};
 use kubeception_tests::task::Task;
 use libtest_mimic::Trial;
@@ -33,20 +35,33 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     )]
 }
 
-/// A machine that does nothing until this is dropped.
-struct Halted(Pid);
+/// A process that does nothing until this is dropped: QEMU, for one, and its guest with it.
+pub(crate) struct Halted(Vec<Pid>);
 
 impl Halted {
-    fn new(qemu: Pid) -> Result<Self> {
-        kill(qemu, Signal::SIGSTOP).context("halting QEMU")?;
-        Ok(Self(qemu))
+    pub(crate) fn new(process: Pid) -> Result<Self> {
+        kill(process, Signal::SIGSTOP).context("halting a process")?;
+        Ok(Self(vec![process]))
+    }
+
+    /// containerd, with nsenter, its parent, which halts itself when its child is halted.
+    pub(crate) fn containerd(node: &Node) -> Result<Self> {
+        let containerd = node.containerd()?.context("there is no containerd")?;
+        let status = fs::read_to_string(format!("/proc/{containerd}/status"))?;
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+        let parent = Pid::from_raw(parent.context("containerd has no parent")?.trim().parse()?);
+        let mut halted = Self::new(containerd)?;
+        halted.0.push(parent);
+        Ok(halted)
     }
 }
 
 impl Drop for Halted {
     fn drop(&mut self) {
-        if let Err(error) = kill(self.0, Signal::SIGCONT) {
-            eprintln!("QEMU cannot go on: {error}");
+        for process in &self.0 {
+            if let Err(error) = kill(*process, Signal::SIGCONT) {
+                eprintln!("process {process} cannot go on: {error}");
+            }
         }
     }
 }

@@ -89,9 +89,10 @@ fn open_files(lab: &Alone<'_>, sandbox: &str, container: &str) -> Result<BTreeMa
         fs::read_dir(format!("/proc/{shim}/task"))?.count(),
     );
     let script = format!(
-        "ls /proc/$(systemctl show --property=MainPID --value coreos-kvm-agent.service)/fd | wc -l
+        "agent=$(systemctl show --property=MainPID --value coreos-kvm-agent.service)
+        ls /proc/$agent/fd | wc -l
         cat {AGENTS_CGROUP}/agent/cgroup.procs | wc -l
-        cat /proc/[0-9]*/stat 2> /dev/null | grep -c ') Z '
+        cat /proc/[0-9]*/stat 2> /dev/null | sed 's/.*) //' | grep -c \"^Z $agent \"
         cat {AGENTS_CGROUP}/{container}/pids.current"
     );
     let said = in_guest(&lab.node, sandbox, &["sh", "-c", &script])?;
@@ -119,10 +120,8 @@ fn execs(lab: &mut Alone<'_>) -> Result<()> {
     // What is open at one time and not at the next is on its way.
     let files = eventually(BOUND, || {
         let files = open_files(lab, &own.id, &container)?;
-        ensure!(
-            files == open_files(lab, &own.id, &container)?,
-            "files come and go: {files:#?}"
-        );
+        let then = open_files(lab, &own.id, &container)?;
+        ensure!(files == then, "files come and go: {files:#?}, then {then:#?}");
         Ok(files)
     })?;
     let (before, begun, count) = (memory()?, Instant::now(), settable(EXECS)?);

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use kubeception_tests::leftovers::{Process, processes};
 use kubeception_tests::node::Node;
 use nix::unistd::Pid;
@@ -36,16 +36,21 @@ pub(crate) fn private_memory(pid: Pid) -> Result<u64> {
     private_in(&fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?)
 }
 
-/// The same of a pod's agent.
+/// The same of the processes of a pod's agent, without those that it has been asked to run in the guest itself.
 pub(crate) fn agents_memory(node: &Node, sandbox: &str) -> Result<u64> {
-    let script = "cat /proc/$(systemctl show --property=MainPID --value coreos-kvm-agent.service)/smaps_rollup";
-    private_in(&in_guest(node, sandbox, &["sh", "-c", script])?)
+    let script = format!(
+        "for pid in $(cat {AGENTS_CGROUP}/agent/cgroup.procs); do
+            read name < /proc/$pid/comm; case $name in coreos-kvm-*) cat /proc/$pid/smaps_rollup ;; esac
+        done"
+    );
+    private_in(&in_guest(node, sandbox, &["sh", "-c", &script])?)
 }
 
 /// In bytes: proc_pid_smaps_rollup(5) has KiB.
-fn private_in(rollup: &str) -> Result<u64> {
-    let line = rollup.lines().find_map(|line| line.strip_prefix("Private_Dirty:"));
-    let kib = line.and_then(|line| line.split_whitespace().next());
-    let kib: u64 = kib.context("a process's memory is not told")?.parse()?;
-    Ok(kib << 10)
+fn private_in(rollups: &str) -> Result<u64> {
+    let lines = rollups.lines().filter_map(|line| line.strip_prefix("Private_Dirty:"));
+    let words = lines.map(|line| line.split_whitespace().next().unwrap_or_default().parse::<u64>());
+    let kib: Vec<_> = words.collect::<Result<_, _>>()?;
+    ensure!(!kib.is_empty(), "a process's memory is not told");
+    Ok(kib.iter().sum::<u64>() << 10)
 }

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_client::types::v1::Status;
-use kubeception_tests::cri::COREOS_KVM;
+use kubeception_tests::cri::{COREOS_KVM, read_log};
+use kubeception_tests::image::BUSYBOX;
 use kubeception_tests::pod::{Container, Pod};
 use kubeception_tests::task::{Output, Task};
 use libtest_mimic::Trial;
@@ -14,6 +15,7 @@ use nix::unistd::Pid;
 
 use crate::clones::COPY;
 use crate::lab::{Alone, Lab, OwnPod, Start, eventually, in_guest, origin};
+use crate::late::Halted;
 use crate::measure::{AGENTS_CGROUP, SHIM, agents_memory, private_memory, process_of, settable};
 
 const BOUND: Duration = Duration::from_secs(30);
@@ -131,30 +133,9 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// Waits until the process stands still, and has not written more than is on its way.
+    /// Fails unless it is held back, and has not written more than is on its way.
     fn is_held_back(&self) -> Result<()> {
-        let script = format!(
-            "cd /proc/$(head -n 1 {AGENTS_CGROUP}/{}/cgroup.procs) && cat stat && grep ^wchar: io",
-            self.container
-        );
-        let look = || {
-            let said = in_guest(&self.lab.node, self.sandbox, &["sh", "-c", &script])?;
-            let (stat, written) = said.trim().rsplit_once("\nwchar: ").context("no wchar")?;
-            let (name, fields) = stat.rsplit_once(')').context("no name")?;
-            // From the state on: proc_pid_stat(5), fields 3, 14 and 15.
-            let fields: Vec<_> = fields.split_ascii_whitespace().map(str::to_owned).collect();
-            ensure!(
-                name.ends_with("(cat") && fields[0] == "S",
-                "the process does not wait: {stat}"
-            );
-            anyhow::Ok((fields[11].clone(), fields[12].clone(), written.parse::<u64>()?))
-        };
-        let written = eventually(BOUND, || {
-            let before = look()?;
-            std::thread::sleep(STILL);
-            ensure!(before == look()?, "the process is not held back");
-            Ok(before.2)
-        })?;
+        let written = held_back(self.lab, self.sandbox, &self.container, "cat")?;
         ensure!(
             written <= self.taken + ON_ITS_WAY_MAX,
             "{written} bytes are written, of which {} are read",
@@ -174,6 +155,29 @@ impl<'a> Writer<'a> {
         );
         Ok(())
     }
+}
+
+/// Waits until a container's first process, which runs that program, stands still; answers how many bytes it has written.
+fn held_back(lab: &Alone<'_>, sandbox: &str, container: &str, program: &str) -> Result<u64> {
+    let script = format!(
+        "cd /proc/$(head -n 1 {AGENTS_CGROUP}/{container}/cgroup.procs) || exit 1
+        cat stat; sleep {}; cat stat; grep ^wchar: io",
+        STILL.as_secs_f32()
+    );
+    eventually(BOUND, || {
+        let said = in_guest(&lab.node, sandbox, &["sh", "-c", &script])?;
+        let lines: Vec<_> = said.lines().collect();
+        let [before, after, written] = lines.as_slice() else {
+            anyhow::bail!("of the process there is {said:?}");
+        };
+        // Also the time that it has taken is the same: proc_pid_stat(5).
+        ensure!(
+            before == after && after.contains(&format!("({program}) S ")),
+            "the process does not stand still: {said}"
+        );
+        let written = written.strip_prefix("wchar: ").context("no wchar")?;
+        Ok(written.parse()?)
+    })
 }
 
 /// Of which no part is like another: xorshift64 of George Marsaglia.
@@ -205,6 +209,9 @@ fn slow_reader(lab: &mut Alone<'_>, handler: &str, mode: &str) -> Result<()> {
     ensure!(origin["mode"] == mode, "its origin is {origin}");
     long(lab, &own)?;
     ends_meanwhile(lab, &own)?;
+    if handler == COREOS_KVM {
+        by_cri(lab, &own)?;
+    }
     own.remove()
 }
 
@@ -275,4 +282,31 @@ fn ends_meanwhile(lab: &Alone<'_>, own: &OwnPod<'_>) -> Result<()> {
     })?;
     ensure!(exit == 3, "its exit code is {exit}");
     Ok(())
+}
+
+/// A containerd that is halted does not read; its log is whole when it goes on.
+fn by_cri(lab: &Alone<'_>, own: &OwnPod<'_>) -> Result<()> {
+    /// Of 7 bytes each: more than is on its way.
+    const LINES: usize = 250_000;
+
+    let container = Container::new("logs", BUSYBOX).command(&["seq", "-w", "1", &LINES.to_string()]);
+    let id = lab.cri.create(&own.id, &container, &own.pod)?;
+    lab.cri.start(&id)?;
+    let halted = Halted::containerd(&lab.node)?;
+    let written = held_back(lab, &own.id, &id, "seq")?;
+    drop(halted);
+    let exit = lab.cri.wait_exited(&id, BOUND)?;
+    ensure!(exit.exit_code == 0, "its exit code is {}", exit.exit_code);
+    eventually(BOUND, || {
+        let lines = read_log(&container.log(&own.pod))?;
+        let in_order = (1..)
+            .zip(&lines)
+            .all(|(number, line)| line.text == format!("{number:06}"));
+        ensure!(
+            lines.len() == LINES && in_order,
+            "it was held back when it had written {written} bytes; its log has {} lines, in order: {in_order}",
+            lines.len()
+        );
+        Ok(())
+    })
 }
