@@ -1,21 +1,27 @@
 //! Pods whose sandboxes are the shim's: what is the shim's to do then, and that all else goes on as with containerd's own.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use kubeception_tests::cri::COREOS_KVM;
 use kubeception_tests::image::BUSYBOX;
+use kubeception_tests::leftovers::expect_nothing_left;
 use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::lab::{Lab, OwnPod, Start, Together, origin};
+use crate::lab::{Alone, Lab, OwnPod, Start, TEMPLATE, Together, origin};
 use crate::{container, death, events, machine, network, processes};
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     vec![
         lab.trial("crictl inspectp tells what the pod's machine is", info),
         lab.trial("containers share the pod's /dev/shm, and have its files in /etc", files),
+        lab.trial_alone(
+            "a pod that the client gives up while its machine boots leaves nothing",
+            given_up,
+        ),
     ]
 }
 
@@ -119,5 +125,19 @@ fn files(lab: &Together<'_>) -> Result<()> {
         hosts == std::fs::read_to_string("/etc/hosts")?,
         "/etc/hosts has {hosts:?}"
     );
+    Ok(())
+}
+
+/// containerd does not ask the shim for anything any more then.
+fn given_up(lab: &mut Alone<'_>) -> Result<()> {
+    let (before, pods) = (lab.snapshot()?, lab.cri.pods()?);
+    // A boot takes longer.
+    let pod = Pod::new(lab.node.place(), "given-up").annotation(TEMPLATE, "false");
+    let answer = lab.cri.run_pod_within(&pod, COREOS_KVM, Duration::from_secs(1));
+    ensure!(answer.is_err(), "the pod runs before it is given up");
+    // containerd hears of it with the client's next call.
+    lab.cri.pods()?;
+    expect_nothing_left(&lab.node, &before, Duration::from_secs(30))?;
+    ensure!(lab.cri.pods()? == pods, "the sandbox is still listed");
     Ok(())
 }

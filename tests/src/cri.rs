@@ -62,6 +62,11 @@ impl Cri {
 
     /// Runs a sandbox and answers its id.
     pub fn run_pod(&self, pod: &Pod, handler: &str) -> Result<String> {
+        self.run_pod_within(pod, handler, BOOT_BOUND)
+    }
+
+    /// The same by a client that waits no longer than this, and then is gone.
+    pub fn run_pod_within(&self, pod: &Pod, handler: &str, bound: Duration) -> Result<String> {
         fs::create_dir_all(pod.log_directory()).context("making the pod's folder of logs")?;
         let request = RunPodSandboxRequest {
             config: Some(pod.config.clone()),
@@ -69,7 +74,7 @@ impl Cri {
         };
         let mut client = self.client.clone();
         Ok(self
-            .call("runp", BOOT_BOUND, client.run_pod_sandbox(request))?
+            .call("runp", bound, client.run_pod_sandbox(request))?
             .pod_sandbox_id)
     }
 
