@@ -230,13 +230,18 @@ fn read(folder: &Path, name: &str, at_most: u64) -> Result<Vec<u8>, TemplateErro
     Ok(bytes)
 }
 
-/// Opens a file that is ours alone.
+/// Opens a file of a template, which has to be ours alone. A template without it is of no use to anybody.
 fn open(path: &Path) -> Result<File, TemplateError> {
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(path)
-        .map_err(TemplateError::io("opening", path))?;
+    let opened = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(path);
+    let file = opened.map_err(|error| {
+        let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        match path.parent() {
+            Some(folder) if error.kind() == io::ErrorKind::NotFound => {
+                TemplateError::damaged(&name(folder), format!("it has no {}", name(path)))
+            }
+            _ => TemplateError::io("opening", path)(error),
+        }
+    })?;
     let metadata = file.metadata().map_err(TemplateError::io("looking at", path))?;
     ours_alone(path, &metadata)?;
     Ok(file)

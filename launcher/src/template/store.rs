@@ -75,7 +75,11 @@ impl Store {
             metadata => metadata.map_err(TemplateError::io("looking at", &folder))?,
         };
         ours_alone(&folder, &metadata)?;
-        Template::open(&folder).map(Some)
+        match Template::open(&folder) {
+            // Somebody has just removed it.
+            Err(_) if !folder.exists() => Ok(None),
+            template => template.map(Some),
+        }
     }
 
     /// Takes the right to make the template `key`; None as long as somebody else has it.
@@ -473,7 +477,10 @@ mod tests {
             "{name} cut short"
         );
         fs::remove_file(&path).unwrap();
-        assert!(matches!(error_of(&store), TemplateError::Io { .. }), "{name} removed");
+        assert!(
+            matches!(error_of(&store), TemplateError::Damaged { .. }),
+            "{name} removed"
+        );
     }
 
     #[test]

@@ -92,18 +92,8 @@ async fn find_or_make(
     let begin = Instant::now();
     let mut news = begin + NEWS;
     loop {
-        match store.find(key) {
-            Ok(Some(template)) => return Ok(template),
-            Ok(None) => {}
-            Err(error) => {
-                let why = sentence(&error);
-                tracing::warn!(template = %key, why, "the template cannot be used");
-                if let TemplateError::Damaged { .. } = error {
-                    store.note_use(key, Some(why.clone()));
-                }
-                forget_damaged(store, key, &error);
-                return Err(why);
-            }
+        if let Some(template) = usable(store, key)? {
+            return Ok(template);
         }
         let right = store.try_lock(key).map_err(|error| sentence(&error))?;
         match right {
@@ -134,6 +124,19 @@ async fn find_or_make(
             }
         }
     }
+}
+
+/// The template, if there is one. One that is damaged is counted as its failure, and removed.
+fn usable(store: &Store, key: &Key) -> Result<Option<Template>, String> {
+    store.find(key).map_err(|error| {
+        let why = sentence(&error);
+        tracing::warn!(template = %key, why, "the template cannot be used");
+        if let TemplateError::Damaged { .. } = error {
+            store.note_use(key, Some(why.clone()));
+        }
+        forget_damaged(store, key, &error);
+        why
+    })
 }
 
 /// Removes a template that is damaged, so that a whole one can be made.
@@ -342,4 +345,48 @@ fn random<const N: usize>() -> Result<[u8; N], VmError> {
         Ok(bytes)
     };
     read().map_err(VmError::io("reading random numbers"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::{DirBuilder, write},
+        os::unix::fs::{DirBuilderExt, PermissionsExt},
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_template_that_is_found_damaged_is_counted_and_removed_and_one_that_is_not_ours_is_left() {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::open(&root.path().join("templates"), 1 << 30).unwrap();
+        let key: Key = "00112233445566778899aabbccddeeff".parse().unwrap();
+        assert!(usable(&store, &key).unwrap().is_none());
+
+        let folder = root.path().join("templates").join(key.as_str());
+        let manifest = folder.join("template.json");
+        DirBuilder::new().mode(0o700).create(&folder).unwrap();
+        let mode = |mode| std::fs::set_permissions(&manifest, std::fs::Permissions::from_mode(mode)).unwrap();
+        write(&manifest, "{").unwrap();
+        mode(0o640);
+        let why = usable(&store, &key).unwrap_err();
+        assert!(why.contains("is not this user's alone"), "{why}");
+        assert!(folder.exists());
+        assert_eq!(store.uses(key.as_str()).failures, 0);
+
+        // One that lacks a file is as good as cut short.
+        std::fs::remove_file(&manifest).unwrap();
+        let why = usable(&store, &key).unwrap_err();
+        assert!(why.contains("is damaged: it has no template.json"), "{why}");
+        assert!(!folder.exists());
+
+        DirBuilder::new().mode(0o700).create(&folder).unwrap();
+        write(&manifest, "{").unwrap();
+        mode(0o600);
+        let why = usable(&store, &key).unwrap_err();
+        assert!(why.contains("is damaged: template.json cannot be read"), "{why}");
+        assert!(!folder.exists());
+        let uses = store.uses(key.as_str());
+        assert_eq!((uses.failures, uses.last_failure), (2, Some(why)));
+    }
 }
