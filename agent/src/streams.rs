@@ -21,7 +21,9 @@ const FAREWELL: Duration = Duration::from_secs(30);
 pub(crate) async fn serve(containers: Arc<Containers>, mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     let hello = match tokio::time::timeout(HELLO, frame::read_hello(&mut stream)).await {
         Ok(Ok(hello)) => hello,
-        _ => return tracing::warn!("a stream connection did not say which stream it is for"),
+        // Of a process that could not be prepared.
+        Ok(Err(error)) => return tracing::debug!(%error, "a stream connection is for no stream"),
+        Err(_) => return tracing::warn!("a stream connection did not say which stream it is for"),
     };
     let (container_id, exec_id) = (hello.container_id.as_str(), hello.exec_id.as_str());
     let Ok(process) = containers.process(container_id, exec_id) else {

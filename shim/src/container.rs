@@ -517,6 +517,11 @@ impl Container {
         Ok(())
     }
 
+    /// It was started, or has ended without.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.init.state() != State::Created
+    }
+
     pub(crate) fn has_stopped(&self) -> bool {
         self.init.has_stopped()
     }

@@ -14,7 +14,7 @@ use containerd_shim_protos::{
 use coreos_kvm_launcher::{agent::Processes, config::Config, machine::Network, state::ProcessId, vm::MachineSize};
 use oci_spec::runtime::{LinuxResources, Spec};
 use protobuf::MessageField;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -34,6 +34,9 @@ use crate::{
     streams::Stdio,
 };
 
+/// Pause between two looks at whether containerd still has a pod that has not begun.
+const LOOK: Duration = Duration::from_secs(10);
+
 /// The pod of this shim.
 pub(crate) struct Pod {
     hypervisor: Box<dyn Hypervisor>,
@@ -44,6 +47,8 @@ pub(crate) struct Pod {
     /// Held while limits are changed, and the machine's size with them.
     resizing: tokio::sync::Mutex<()>,
     closing: CancellationToken,
+    /// Held while the machine is being ended.
+    ending: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
@@ -101,6 +106,7 @@ impl Pod {
             contents: Mutex::default(),
             resizing: tokio::sync::Mutex::default(),
             closing: CancellationToken::new(),
+            ending: tokio::sync::Mutex::default(),
         }
     }
 
@@ -516,6 +522,24 @@ impl Pod {
         }
     }
 
+    /// Waits until containerd has removed the bundle of a pod of which nothing has been started yet: its client has given it up in a
+    /// moment in which containerd does not come to end it, and nobody else will.
+    pub(crate) async fn forgotten(&self, bundle: &Path) {
+        let begun = || {
+            let contents = self.contents();
+            let mut containers = contents.containers.values().flatten();
+            containers.any(|container| container.has_begun())
+        };
+        while !begun() {
+            sleep(LOOK).await;
+            if !begun() && !bundle.exists() {
+                tracing::warn!("the pod is ended, for containerd has forgotten it before it began");
+                return;
+            }
+        }
+        std::future::pending().await
+    }
+
     /// Waits until the pod is closed.
     pub(crate) async fn closed(&self) {
         self.closing.cancelled().await;
@@ -524,6 +548,8 @@ impl Pod {
     /// Closes the pod and ends its machine, whatever is in it, also one that is just being started.
     pub(crate) async fn end(&self, grace: Duration) {
         self.closing.cancel();
+        // Whoever asks for the same meanwhile is answered when it is done.
+        let _alone = self.ending.lock().await;
         let (machine, booting) = {
             let mut contents = self.contents();
             (contents.machine.clone(), contents.booting.take())

@@ -69,27 +69,22 @@ impl PodFiles {
         let writing = || format!("writing the pod's files into {}", folder.display());
         std::fs::create_dir_all(folder).map_err(ShimError::while_doing(writing()))?;
         let mut written = Vec::new();
-        for (name, text) in [
-            ("/etc/hostname", self.hostname.as_ref()),
+        let of_pod = |text: &Option<String>| text.clone().map(String::into_bytes);
+        for (name, content) in [
+            ("/etc/hostname", of_pod(&self.hostname)),
             ("/etc/hosts", None),
-            ("/etc/resolv.conf", self.resolv_conf.as_ref()),
+            ("/etc/resolv.conf", of_pod(&self.resolv_conf)),
         ] {
-            let text = match text {
-                Some(text) => text.clone(),
-                None => match std::fs::read_to_string(name) {
-                    Ok(text) => text,
-                    Err(error) => {
-                        tracing::warn!(
-                            file = name,
-                            error = sentence(&error),
-                            "the pod goes without the node's file"
-                        );
-                        continue;
-                    }
-                },
+            let content = match content.map_or_else(|| of_node(name), Ok) {
+                Ok(content) => content,
+                Err(error) => {
+                    let error = sentence(&error);
+                    tracing::warn!(file = name, error, "the pod goes without the node's file");
+                    continue;
+                }
             };
             let path = folder.join(name.trim_start_matches("/etc/"));
-            write_anew(&path, &text).map_err(ShimError::while_doing(writing()))?;
+            write_anew(&path, &content).map_err(ShimError::while_doing(writing()))?;
             written.push((name, path));
         }
         Ok(WrittenFiles(written))
@@ -131,13 +126,23 @@ fn is_word(text: &str) -> bool {
     !text.is_empty() && !text.contains(|c: char| c.is_whitespace() || c.is_control())
 }
 
+/// What a file of that name says on the node.
+fn of_node(name: &str) -> io::Result<Vec<u8>> {
+    if name == "/etc/hostname" {
+        // The node may have no such file.
+        let hostname = nix::unistd::gethostname()?;
+        return Ok(format!("{}\n", hostname.to_string_lossy()).into_bytes());
+    }
+    std::fs::read(name)
+}
+
 /// The guest may write to a file that was there.
-fn write_anew(path: &Path, text: &str) -> io::Result<()> {
+fn write_anew(path: &Path, content: &[u8]) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    std::fs::write(path, text)?;
+    std::fs::write(path, content)?;
     std::fs::set_permissions(path, Permissions::from_mode(0o644))
 }
 

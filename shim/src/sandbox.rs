@@ -162,6 +162,9 @@ impl Sandbox for SandboxService {
         request: SandboxMetricsRequest,
     ) -> Answer<SandboxMetricsResponse> {
         let sandbox = self.pod.container(&request.sandbox_id)?;
+        if sandbox.has_stopped() {
+            return Err(ShimError::NotFound("the pod's machine has ended".to_owned()).into());
+        }
         let data = metrics::any(&metrics::of_process(sandbox.pid())?)?;
         let mut response = SandboxMetricsResponse::default();
         let metrics = response.metrics.mut_or_insert_default();

@@ -71,7 +71,7 @@ fn run(flags: &Flags, bundle: &Path) -> anyhow::Result<()> {
         .max_blocking_threads(4)
         .build()
         .context("starting the runtime")?;
-    runtime.block_on(served(flags, socket))
+    runtime.block_on(served(flags, bundle, socket))
 }
 
 /// What is mounted for the pod's machine is nobody else's: no unmount on the host finds it busy, and it goes with the last of the pod's
@@ -88,7 +88,7 @@ fn have_own_mounts(bundle: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn served(flags: &Flags, socket: StdListener) -> anyhow::Result<()> {
+async fn served(flags: &Flags, bundle: &Path, socket: StdListener) -> anyhow::Result<()> {
     let address = env::var(TTRPC_ADDRESS).unwrap_or_else(|_| format!("{}.ttrpc", flags.address));
     let (events, queue) = Events::queue(&flags.namespace);
     let forwarding = events::forward(address, queue);
@@ -122,6 +122,7 @@ async fn served(flags: &Flags, socket: StdListener) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("waiting for signals")?;
     let grace = tokio::select! {
         () = pod.closed() => Duration::ZERO,
+        () = pod.forgotten(bundle) => Duration::ZERO,
         _ = terminate.recv() => GRACE,
         _ = interrupt.recv() => GRACE,
     };

@@ -6,13 +6,14 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use kubeception_tests::cri::COREOS_KVM;
 use kubeception_tests::image::BUSYBOX;
-use kubeception_tests::leftovers::expect_nothing_left;
+use kubeception_tests::leftovers::{expect_nothing_left, processes};
 use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
 use crate::lab::{Alone, Lab, OwnPod, Start, TEMPLATE, Together, origin};
-use crate::{container, death, events, machine, network, processes};
+use crate::measure::QEMU;
+use crate::{container, death, events, machine, network, processes, stats};
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     vec![
@@ -52,6 +53,7 @@ pub(crate) fn chosen_trials(lab: &Arc<Lab>) -> Result<Vec<Trial>> {
         network::trials,
         processes::trials,
         events::trials,
+        stats::trials,
         death::trials,
         death::further_trials,
     ];
@@ -131,10 +133,15 @@ fn files(lab: &Together<'_>) -> Result<()> {
 /// containerd does not ask the shim for anything any more then.
 fn given_up(lab: &mut Alone<'_>) -> Result<()> {
     let (before, pods) = (lab.snapshot()?, lab.cri.pods()?);
-    // A boot takes longer.
     let pod = Pod::new(lab.node.place(), "given-up").annotation(TEMPLATE, "false");
-    let answer = lab.cri.run_pod_within(&pod, COREOS_KVM, Duration::from_secs(1));
-    ensure!(answer.is_err(), "the pod runs before it is given up");
+    let others = processes(&lab.node)?;
+    let boots = || {
+        let new = processes(&lab.node)?
+            .into_iter()
+            .filter(|process| !others.contains(process));
+        Ok(new.into_iter().any(|process| process.command.contains(QEMU)))
+    };
+    lab.cri.give_up_pod(&pod, COREOS_KVM, boots)?;
     // containerd hears of it with the client's next call.
     lab.cri.pods()?;
     expect_nothing_left(&lab.node, &before, Duration::from_secs(30))?;

@@ -62,20 +62,32 @@ impl Cri {
 
     /// Runs a sandbox and answers its id.
     pub fn run_pod(&self, pod: &Pod, handler: &str) -> Result<String> {
-        self.run_pod_within(pod, handler, BOOT_BOUND)
-    }
-
-    /// The same by a client that waits no longer than this, and then is gone.
-    pub fn run_pod_within(&self, pod: &Pod, handler: &str, bound: Duration) -> Result<String> {
-        fs::create_dir_all(pod.log_directory()).context("making the pod's folder of logs")?;
-        let request = RunPodSandboxRequest {
-            config: Some(pod.config.clone()),
-            runtime_handler: handler.to_owned(),
-        };
+        let request = run_request(pod, handler)?;
         let mut client = self.client.clone();
         Ok(self
-            .call("runp", bound, client.run_pod_sandbox(request))?
+            .call("runp", BOOT_BOUND, client.run_pod_sandbox(request))?
             .pod_sandbox_id)
+    }
+
+    /// A client that is gone as soon as it has seen enough.
+    ///
+    /// # Errors
+    /// Of looking, and when the pod runs or is refused before.
+    pub fn give_up_pod(&self, pod: &Pod, handler: &str, enough: impl Fn() -> Result<bool>) -> Result<()> {
+        let request = run_request(pod, handler)?;
+        let mut client = self.client.clone();
+        let seen = async {
+            while !enough()? {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Ok(())
+        };
+        self.runtime.block_on(async {
+            tokio::select! {
+                seen = seen => seen,
+                answer = client.run_pod_sandbox(request) => bail!("the answer comes before enough is seen: {answer:?}"),
+            }
+        })
     }
 
     pub fn create(&self, sandbox: &str, container: &Container, pod: &Pod) -> Result<String> {
@@ -350,6 +362,15 @@ impl Cri {
             Err(_) => bail!("{name}: no answer within {} s", bound.as_secs()),
         }
     }
+}
+
+/// The pod's folder of logs is there then, as a kubelet sees to it.
+fn run_request(pod: &Pod, handler: &str) -> Result<RunPodSandboxRequest> {
+    fs::create_dir_all(pod.log_directory()).context("making the pod's folder of logs")?;
+    Ok(RunPodSandboxRequest {
+        config: Some(pod.config.clone()),
+        runtime_handler: handler.to_owned(),
+    })
 }
 
 fn text(bytes: &[u8]) -> String {

@@ -65,15 +65,23 @@ fn seals() -> SealFlag {
 #[derive(Debug)]
 pub struct Resident {
     memory: File,
-    filling: Option<Filling>,
+    state: State,
 }
 
-/// A thread that fills a memory, until it can be used by others as well.
 #[derive(Debug)]
-struct Filling {
-    /// Closed without a word when that has failed; why is said at the end.
-    content: Option<oneshot::Receiver<()>>,
-    end: oneshot::Receiver<Result<(), TemplateError>>,
+enum State {
+    Whole,
+    /// A thread fills it.
+    Filling {
+        /// Closed without a word when that has failed; why is said at the end.
+        content: oneshot::Receiver<()>,
+        end: oneshot::Receiver<Result<(), TemplateError>>,
+    },
+    /// All that the template had is there.
+    Filled {
+        end: oneshot::Receiver<Result<(), TemplateError>>,
+    },
+    Failed,
 }
 
 impl Resident {
@@ -86,32 +94,33 @@ impl Resident {
     /// # Errors
     /// When the template is damaged, and of the system.
     pub async fn filled(&mut self) -> Result<(), TemplateError> {
-        let content = self.filling.as_mut().and_then(|filling| filling.content.take());
-        match content {
-            None => Ok(()),
-            Some(content) => match content.await {
-                Ok(()) => Ok(()),
-                Err(_) => self.ended().await,
+        self.state = match std::mem::replace(&mut self.state, State::Failed) {
+            State::Filling { content, end } => match content.await {
+                Ok(()) => State::Filled { end },
+                Err(_) => return ended(end).await,
             },
-        }
+            State::Failed => return Err(TemplateError::Unfilled),
+            state => state,
+        };
+        Ok(())
     }
 
     /// Waits until all of it is in the node's memory and nobody can change it any more, and answers it. No pod's program may run before.
     ///
     /// # Errors
     /// As of [`Resident::filled`], and when there is no room.
-    pub async fn sealed(mut self) -> Result<File, TemplateError> {
-        self.ended().await?;
+    pub async fn sealed(self) -> Result<File, TemplateError> {
+        match self.state {
+            State::Whole => {}
+            State::Filling { end, .. } | State::Filled { end } => ended(end).await?,
+            State::Failed => return Err(TemplateError::Unfilled),
+        }
         Ok(self.memory)
     }
+}
 
-    async fn ended(&mut self) -> Result<(), TemplateError> {
-        let Some(filling) = self.filling.take() else {
-            return Ok(());
-        };
-        let lost = |_| Err(TemplateError::Unfilled);
-        filling.end.await.unwrap_or_else(lost)
-    }
+async fn ended(end: oneshot::Receiver<Result<(), TemplateError>>) -> Result<(), TemplateError> {
+    end.await.unwrap_or(Err(TemplateError::Unfilled))
 }
 
 /// The memory of `template`, from a launcher that has it, or one that a thread fills. It is accounted to this process, and not to
@@ -134,7 +143,10 @@ pub fn resident(state_dir: &Path, template: Template) -> Result<Resident, Templa
         .find(|memory| memory.metadata().is_ok_and(|file| file.len() == size));
     if let Some(memory) = found {
         register.note(holders, Holder::new(&memory, making));
-        return Ok(Resident { memory, filling: None });
+        return Ok(Resident {
+            memory,
+            state: State::Whole,
+        });
     }
     let (memory, writer) = empty(size).map_err(failed("making the memory of"))?;
     let another = memory.try_clone().map_err(failed("making the memory of"))?;
@@ -155,10 +167,7 @@ pub fn resident(state_dir: &Path, template: Template) -> Result<Resident, Templa
         .map_err(failed("filling the memory of"))?;
     Ok(Resident {
         memory,
-        filling: Some(Filling {
-            content: Some(content),
-            end,
-        }),
+        state: State::Filling { content, end },
     })
 }
 
@@ -283,9 +292,23 @@ fn empty(size: u64) -> io::Result<(File, MmapMut)> {
     memory.set_len(size)?;
     // SAFETY: the file cannot become shorter, and nothing else has mapped it to write to it.
     let writer = unsafe { MmapMut::map_mut(&memory) }?;
+    // A process that is just being started would have it until it is another program, and a seal is refused as long as anybody has.
+    writer.advise(Advice::DontFork)?;
     let seals = SealFlag::F_SEAL_FUTURE_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK;
     fcntl(&memory, FcntlArg::F_ADD_SEALS(seals))?;
     Ok((memory, writer))
+}
+
+fn allocate(memory: &File, place: usize, length: usize) -> io::Result<()> {
+    let (place, length) = (i64::try_from(place), i64::try_from(length));
+    let (place, length) = (place.map_err(io::Error::other)?, length.map_err(io::Error::other)?);
+    // Any signal interrupts it.
+    while let Err(error) = fallocate(memory, FallocateFlags::empty(), place, length) {
+        if error != nix::Error::EINTR {
+            return Err(error.into());
+        }
+    }
+    Ok(())
 }
 
 fn fill(
@@ -298,16 +321,19 @@ fn fill(
     let make = || {
         template.map.each(&template.data, |place, content| {
             let place = usize::try_from(place).map_err(io::Error::other)?;
-            // Faster than page by page where the kernel knows it, since Linux 5.14.
-            let _ = writer.advise_range(Advice::PopulateWrite, place, content.len());
+            // Before it is written to: where no page can be had, this is an error, and that the end of the process.
+            match writer.advise_range(Advice::PopulateWrite, place, content.len()) {
+                // Linux before 5.14 does not know it.
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => allocate(memory, place, content.len())?,
+                populated => populated?,
+            }
             let to = writer.get_mut(place..place + content.len());
             to.ok_or(io::ErrorKind::InvalidInput)?.copy_from_slice(content);
             Ok(())
         })?;
         let _ = has_content.send(());
         // All of it: what a clone writes to where nothing is would be kept here as well, on the account of whoever is the first there.
-        let length = i64::try_from(memory_mib << 20).map_err(io::Error::other)?;
-        fallocate(memory, FallocateFlags::empty(), 0, length)?;
+        allocate(memory, 0, usize::try_from(memory_mib << 20).map_err(io::Error::other)?)?;
         drop(writer);
         fcntl(memory, FcntlArg::F_ADD_SEALS(seals()))?;
         Ok(())
@@ -474,6 +500,31 @@ mod tests {
         let mut byte = [0];
         memory.read_exact_at(&mut byte, 0).unwrap();
         assert_eq!(byte, [7]);
+    }
+
+    #[test]
+    fn a_program_that_is_being_started_does_not_keep_a_memory_from_being_sealed() {
+        use std::os::unix::process::CommandExt;
+
+        let root = tempfile::tempdir().unwrap();
+        let template = template(root.path(), 1, 7);
+        let (memory, writer) = empty(SIZE).unwrap();
+        let (mut forked, says_so) = std::io::pipe().unwrap();
+        let (waits, goes_on) = std::io::pipe().unwrap();
+        let mut command = std::process::Command::new("true");
+        // SAFETY: only read(2) and write(2) between fork and exec.
+        unsafe {
+            command.pre_exec(move || {
+                io::Write::write_all(&mut &says_so, b"x")?;
+                io::Read::read_exact(&mut &waits, &mut [0])
+            });
+        }
+        let starting = std::thread::spawn(move || command.spawn());
+        io::Read::read_exact(&mut forked, &mut [0]).unwrap();
+        let filled = fill(&template, &memory, writer, oneshot::channel().0);
+        io::Write::write_all(&mut &goes_on, b"x").unwrap();
+        starting.join().unwrap().unwrap().wait().unwrap();
+        filled.unwrap();
     }
 
     #[test]

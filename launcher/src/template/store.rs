@@ -165,14 +165,14 @@ impl Store {
     ///
     /// # Errors
     /// When something of it stays.
-    pub fn remove(&self, key: &str) -> Result<(), TemplateError> {
+    pub fn remove(&self, key: &str) -> Result<bool, TemplateError> {
         // By one step first, so that nobody finds half of it.
         let (path, gone) = (self.path(key), self.path(key).with_extension("removed"));
         remove(&gone)?;
         match fs::rename(&path, &gone) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(TemplateError::io("removing", &path)(error)),
-            Ok(()) => remove(&gone),
+            Ok(()) => remove(&gone).map(|()| true),
         }
     }
 
@@ -443,8 +443,8 @@ mod tests {
             let metadata = fs::metadata(root.path().join("templates").join(KEY).join(file)).unwrap();
             assert_eq!(metadata.permissions().mode() & 0o777, 0o600, "{file}");
         }
-        store.remove(KEY).unwrap();
-        store.remove(KEY).unwrap();
+        assert!(store.remove(KEY).unwrap());
+        assert!(!store.remove(KEY).unwrap());
         assert!(store.find(&key(KEY)).unwrap().is_none());
         found.verify().unwrap();
     }

@@ -131,27 +131,29 @@ fn usable(store: &Store, key: &Key) -> Result<Option<Template>, String> {
     store.find(key).map_err(|error| {
         let why = sentence(&error);
         tracing::warn!(template = %key, why, "the template cannot be used");
-        if let TemplateError::Damaged { .. } = error {
+        if forget_damaged(store, key, &error) {
             store.note_use(key, Some(why.clone()));
         }
-        forget_damaged(store, key, &error);
         why
     })
 }
 
-/// Removes a template that is damaged, so that a whole one can be made.
-fn forget_damaged(store: &Store, key: &Key, error: &TemplateError) {
-    if let TemplateError::Damaged { .. } = error
-        && let Err(error) = store.remove(key.as_str())
-    {
+/// Removes a template that is damaged, so that a whole one can be made. The first of several who find it so is answered true: it has
+/// failed once.
+fn forget_damaged(store: &Store, key: &Key, error: &TemplateError) -> bool {
+    let TemplateError::Damaged { .. } = error else {
+        return false;
+    };
+    store.remove(key.as_str()).unwrap_or_else(|error| {
         tracing::warn!(template = %key, %error, "the damaged template cannot be removed");
-    }
+        true
+    })
 }
 
 /// Notes that a clone did not come up.
 pub(super) fn give_up_on(store: &Store, key: &Key, error: &VmError, why: &str) {
     match error {
-        VmError::Template(error @ TemplateError::Damaged { .. }) => forget_damaged(store, key, error),
+        VmError::Template(error) if forget_damaged(store, key, error) => {}
         VmError::Qmp(_)
         | VmError::Ended { .. }
         | VmError::Timeout { .. }

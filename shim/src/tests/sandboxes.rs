@@ -1,5 +1,7 @@
 //! Pods whose machines containerd makes by the Sandbox API, and what of it is left to the Task API.
 
+use std::time::Duration;
+
 use containerd_shim_protos::{
     sandbox_api::{
         CreateSandboxRequest, PingRequest, PlatformRequest, SandboxMetricsRequest, SandboxStatusRequest,
@@ -147,6 +149,25 @@ async fn a_machine_tells_whoever_looks_at_its_sandbox_what_it_is() {
         .await;
     // There is no such process.
     assert_eq!(code(measured), ttrpc::Code::UNKNOWN);
+}
+
+#[tokio::test]
+async fn a_pod_that_containerd_forgets_before_it_begins_is_ended() {
+    let node = Node::new().await;
+    let request = node.create_request(&podspec::tests::sandbox_config());
+    let bundle = std::path::PathBuf::from(&request.bundle_path);
+    let service = node.sandboxes();
+    service.create_sandbox(&context(), request).await.unwrap();
+    tokio::time::pause();
+    let is_forgotten = async || tokio::time::timeout(Duration::from_secs(3600), node.pod.forgotten(&bundle)).await;
+    assert!(is_forgotten().await.is_err(), "containerd still has it");
+    std::fs::remove_dir_all(&bundle).unwrap();
+    is_forgotten().await.unwrap();
+    service
+        .start_sandbox(&context(), of_sandbox!(StartSandboxRequest))
+        .await
+        .unwrap();
+    assert!(is_forgotten().await.is_err(), "it has begun");
 }
 
 #[tokio::test]

@@ -26,7 +26,7 @@ use coreos_kvm_launcher::config::Config;
 #[command(name = "coreos-kvm", version, propagate_version = true, about)]
 struct Arguments {
     /// The configuration; left out, it is /etc/coreos-kvm/config.toml, or the defaults where there is none.
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", env = "COREOS_KVM_CONFIG")]
     config: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
