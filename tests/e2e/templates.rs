@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use kubeception_tests::artifacts::Containerd;
 use kubeception_tests::image::BUSYBOX;
 use kubeception_tests::leftovers::{Process, expect_nothing_left, processes};
 use kubeception_tests::node::{Handler, Node, Place};
