@@ -3,10 +3,16 @@
 //! The CRI plugin keeps the configurations of pods and containers as extensions of containerd's containers, JSON, since before their
 //! tasks are created (`metadata.go` in `internal/cri/store/sandbox` and `internal/cri/store/container` of containerd's tree).
 
-use std::{fmt, net::IpAddr, time::Duration};
+use std::{collections::BTreeMap, fmt, net::IpAddr, time::Duration};
 
-use containerd_client::{Client, services::v1::GetContainerRequest, tonic::Request};
+use containerd_client::{
+    Client,
+    services::v1::{Container, GetContainerRequest, UpdateContainerRequest},
+    tonic::Request,
+};
+use prost_types::FieldMask;
 use serde::Deserialize;
+use serde_json::{Map, Value};
 use tokio::time::timeout;
 
 use crate::error::ShimError;
@@ -86,23 +92,82 @@ impl Containerd {
         metadata.map_or(Ok(SharedProcesses::Pod), |metadata| shared_processes(&metadata))
     }
 
+    /// Adds annotations to the specification that containerd has of a container, and shows: nothing goes by them.
+    ///
+    /// # Errors
+    /// When containerd does not do it within 5 s.
+    pub(crate) async fn annotate(&self, id: &str, annotations: &BTreeMap<String, String>) -> Result<(), ShimError> {
+        const ASKING: &str = "telling containerd what the pod's machine is";
+        let told = async {
+            let client = self.client(ASKING).await?;
+            let mut container = self.container(&client, id, ASKING).await?;
+            if let Some(spec) = &mut container.spec {
+                spec.value = annotated(&spec.value, annotations)?;
+            }
+            let request = UpdateContainerRequest {
+                container: Some(container),
+                update_mask: Some(FieldMask {
+                    paths: vec!["spec".to_owned()],
+                }),
+            };
+            let answer = client.containers().update(self.request(request, ASKING)?).await;
+            answer.map(drop).map_err(ShimError::while_doing(ASKING))
+        };
+        in_time(ASKING, told).await
+    }
+
     /// What the CRI plugin has written down with a container.
     async fn extension(&self, id: &str, key: &str, asking: &'static str) -> Result<Option<Vec<u8>>, ShimError> {
         let asked = async {
-            let path = self.address.strip_prefix("unix://").unwrap_or(&self.address);
-            let client = Client::from_path(path).await.map_err(ShimError::while_doing(asking))?;
-            let mut request = Request::new(GetContainerRequest { id: id.to_owned() });
-            let namespace = self.namespace.parse().map_err(ShimError::while_doing(asking))?;
-            request.metadata_mut().insert("containerd-namespace", namespace);
-            let answer = client.containers().get(request).await;
-            let container = answer.map_err(ShimError::while_doing(asking))?.into_inner().container;
-            let extension = container.and_then(|mut container| container.extensions.remove(key));
-            Ok(extension.map(|extension| extension.value))
+            let client = self.client(asking).await?;
+            let mut container = self.container(&client, id, asking).await?;
+            Ok(container.extensions.remove(key).map(|extension| extension.value))
         };
-        timeout(BOUND, asked)
-            .await
-            .unwrap_or_else(|_| Err(ShimError::Internal(format!("{asking} takes too long"))))
+        in_time(asking, asked).await
     }
+
+    async fn container(&self, client: &Client, id: &str, asking: &'static str) -> Result<Container, ShimError> {
+        let request = self.request(GetContainerRequest { id: id.to_owned() }, asking)?;
+        let answer = client.containers().get(request).await;
+        let container = answer.map_err(ShimError::while_doing(asking))?.into_inner().container;
+        Ok(container.unwrap_or_default())
+    }
+
+    async fn client(&self, asking: &'static str) -> Result<Client, ShimError> {
+        let path = self.address.strip_prefix("unix://").unwrap_or(&self.address);
+        Client::from_path(path).await.map_err(ShimError::while_doing(asking))
+    }
+
+    fn request<T>(&self, message: T, asking: &'static str) -> Result<Request<T>, ShimError> {
+        let mut request = Request::new(message);
+        let namespace = self.namespace.parse().map_err(ShimError::while_doing(asking))?;
+        request.metadata_mut().insert("containerd-namespace", namespace);
+        Ok(request)
+    }
+}
+
+async fn in_time<T>(asking: &str, answer: impl Future<Output = Result<T, ShimError>>) -> Result<T, ShimError> {
+    timeout(BOUND, answer)
+        .await
+        .unwrap_or_else(|_| Err(ShimError::Internal(format!("{asking} takes too long"))))
+}
+
+/// A specification with more annotations, and all else as it was.
+fn annotated(spec: &[u8], annotations: &BTreeMap<String, String>) -> Result<Vec<u8>, ShimError> {
+    const ANNOTATIONS: &str = "annotations";
+    let reading = ShimError::while_doing("reading the sandbox's specification");
+    let mut spec: Map<String, Value> = serde_json::from_slice(spec).map_err(reading)?;
+    let mut all = match spec.remove(ANNOTATIONS) {
+        Some(Value::Object(there)) => there,
+        _ => Map::new(),
+    };
+    all.extend(
+        annotations
+            .iter()
+            .map(|(name, text)| (name.clone(), text.as_str().into())),
+    );
+    spec.insert(ANNOTATIONS.to_owned(), all.into());
+    serde_json::to_vec(&spec).map_err(ShimError::while_doing("writing the sandbox's specification"))
 }
 
 /// Whose processes a container sees beside its own.
@@ -189,6 +254,24 @@ mod tests {
         }}}"#;
         let ports = ports_of(metadata).unwrap();
         assert_eq!(list(&ports), "18080->8080/tcp, 53/udp, [fd00::1]:8443->443/tcp");
+    }
+
+    #[test]
+    fn annotations_are_added_and_all_else_stays() {
+        let added = |spec: &str| {
+            let annotations = [("machine/pid", "7"), ("machine/guest", "reference")];
+            let annotations = annotations.map(|(name, text)| (name.to_owned(), text.to_owned()));
+            let spec = annotated(spec.as_bytes(), &annotations.into())?;
+            Ok::<_, ShimError>(String::from_utf8(spec).unwrap())
+        };
+        assert_eq!(
+            added(r#"{"annotations":{"a":"b","machine/pid":"8"},"linux":{"limit":18446744073709551615}}"#).unwrap(),
+            r#"{"annotations":{"a":"b","machine/guest":"reference","machine/pid":"7"},"linux":{"limit":18446744073709551615}}"#
+        );
+        let alone = r#"{"annotations":{"machine/guest":"reference","machine/pid":"7"}}"#;
+        assert_eq!(added("{}").unwrap(), alone);
+        assert_eq!(added(r#"{"annotations":null}"#).unwrap(), alone);
+        assert!(added("[]").is_err());
     }
 
     #[test]

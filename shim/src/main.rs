@@ -21,6 +21,7 @@ mod container;
 mod containerd;
 mod error;
 mod events;
+mod facts;
 mod guestspec;
 mod hypervisor;
 mod info;

@@ -23,6 +23,7 @@ use crate::{
     containerd::{self, Containerd, SharedProcesses},
     error::{ShimError, sentence},
     events::Events,
+    facts::Facts,
     guestspec,
     hypervisor::{Hypervisor, RunningMachine},
     limits::Limits,
@@ -257,6 +258,7 @@ impl Pod {
         };
         let events = self.events.clone();
         if role == Role::Sandbox {
+            self.tell(&request.id, &machine);
             let limits = Limits::of(&spec);
             return Ok(Container::sandbox(
                 machine,
@@ -388,6 +390,24 @@ impl Pod {
                 tracing::warn!(sandbox_id = pod.id, %error, "containerd does not tell the pod's ports");
                 String::new()
             }
+        }
+    }
+
+    /// Has containerd know what the machine is, for whoever looks at the sandbox. Nobody waits for it.
+    fn tell(&self, id: &str, machine: &Arc<dyn RunningMachine>) {
+        let (containerd, id) = (self.containerd.clone(), id.to_owned());
+        let annotations = Facts::of(&machine.info()).annotations();
+        if let Some(containerd) = containerd {
+            tokio::spawn(async move {
+                if let Err(error) = containerd.annotate(&id, &annotations).await {
+                    let error = sentence(&error);
+                    tracing::warn!(
+                        sandbox_id = id,
+                        error,
+                        "`crictl inspectp` will not tell what the machine is"
+                    );
+                }
+            });
         }
     }
 

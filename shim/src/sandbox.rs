@@ -14,17 +14,13 @@ use containerd_shim_protos::{
     sandbox_async::{Sandbox, create_sandbox},
     types::platform::Platform,
 };
-use coreos_kvm_launcher::{
-    state::{CloneMode, Origin, VsockAddress},
-    vm::VmInfo,
-};
 use protobuf::MessageField;
-use serde::Serialize;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::{
     clock,
     error::ShimError,
+    facts::Facts,
     metrics,
     pod::{Pod, WantedSandbox, carried_through},
     podspec::{self, PodSpec},
@@ -130,7 +126,7 @@ impl Sandbox for SandboxService {
             State::Stopped(exit) => response.exited_at = MessageField::some(exit.at),
         }
         if request.verbose {
-            let info = serde_json::to_string(&Info::of(&sandbox.machine().info()));
+            let info = serde_json::to_string(&Facts::of(&sandbox.machine().info()));
             let info = info.map_err(ShimError::while_doing("writing what there is to say of the machine"))?;
             // The name under which containerd's own sandboxes have theirs.
             response.info.insert("info".to_owned(), info);
@@ -172,56 +168,5 @@ impl Sandbox for SandboxService {
         metrics.timestamp = MessageField::some(clock::now());
         metrics.data = MessageField::some(data);
         Ok(response)
-    }
-}
-
-/// What `crictl inspectp` shows as `info`.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Info<'a> {
-    /// QEMU's.
-    pid: Option<u32>,
-    /// The guest's context id, where its vsock is the kernel's.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cid: Option<u32>,
-    accel: Option<String>,
-    accel_reason: Option<&'a str>,
-    guest: &'a str,
-    console: String,
-    #[serde(flatten)]
-    kind: Kind<'a>,
-}
-
-/// How the guest has come to run.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase", tag = "kind")]
-enum Kind<'a> {
-    Booted { why: &'a str },
-    Clone { template: &'a str, memory: CloneMode },
-    Unknown,
-}
-
-impl<'a> Info<'a> {
-    fn of(vm: &'a VmInfo) -> Self {
-        let record = &vm.record;
-        Self {
-            pid: record.qemu.map(|qemu| qemu.pid),
-            cid: match record.vsock {
-                Some(VsockAddress::Cid(cid)) => Some(cid),
-                _ => None,
-            },
-            accel: record.acceleration.map(|acceleration| acceleration.to_string()),
-            accel_reason: record.acceleration_reason.as_deref(),
-            guest: &record.guest,
-            console: vm.console.display().to_string(),
-            kind: match &record.origin {
-                Some(Origin::Boot { why }) => Kind::Booted { why },
-                Some(Origin::Clone { template, mode }) => Kind::Clone {
-                    template,
-                    memory: *mode,
-                },
-                None => Kind::Unknown,
-            },
-        }
     }
 }

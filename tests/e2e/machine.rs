@@ -1,14 +1,24 @@
 //! The pod's machine: a kernel and an operating system of its own, configured by Ignition.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_cri::v1::PodSandboxState;
+use kubeception_tests::cri::COREOS_KVM;
+use kubeception_tests::node::Sandboxer;
+use kubeception_tests::pod::Pod;
 use libtest_mimic::Trial;
+use serde_json::Value;
 
-use crate::lab::{IGNITED_FILE, IGNITED_UNIT, IGNITED_UNIT_FILE, IGNITED_USER, Lab, Start, Together, eventually};
+use crate::lab::{
+    IGNITED_FILE, IGNITED_UNIT, IGNITED_UNIT_FILE, IGNITED_USER, Lab, OwnPod, Start, Together, eventually, origin,
+};
+
+/// Until containerd knows what a machine is.
+const TOLD: Duration = Duration::from_secs(10);
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     vec![
@@ -22,6 +32,7 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
             configuration,
         ),
         lab.trial("the pod is ready and has an address", pod_status),
+        lab.trial("crictl inspectp tells what the pod's machine is", told),
     ]
 }
 
@@ -91,4 +102,60 @@ fn pod_status(lab: &Together<'_>) -> Result<()> {
     let network = status.network.context("the pod has no network")?;
     ensure!(network.ip.starts_with("10.88."), "its address is {:?}", network.ip);
     Ok(())
+}
+
+fn told(lab: &Together<'_>) -> Result<()> {
+    let place = lab.node.place();
+    let own = OwnPod::run(lab, Pod::new(place, "told"), COREOS_KVM)?;
+    let begun = Instant::now();
+    // containerd's own sandboxes have it some moments later.
+    let facts = loop {
+        let facts = facts(lab, &own.id)?;
+        if !facts.is_empty() {
+            break facts;
+        }
+        ensure!(begun.elapsed() < TOLD, "nothing is told of the machine");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let fact = |name: &str| {
+        let fact = facts.get(name).map(String::as_str);
+        fact.with_context(|| format!("there is no {name} in {facts:?}"))
+    };
+    let comm = format!("/proc/{}/comm", fact("pid")?);
+    let program = lab.node.command("cat").arg(comm).output()?.stdout;
+    ensure!(program.starts_with(b"qemu-system"), "{facts:?}");
+    ensure!(
+        fact("guest")? == "reference" && ["kvm", "tcg"].contains(&fact("accel")?),
+        "{facts:?}"
+    );
+    let console = fact("console")?;
+    let seen = lab.node.command("test").args(["-f", console]).status()?;
+    ensure!(seen.success(), "there is no {console}");
+    let origin = origin(place, &own.id)?;
+    let (kind, why) = match lab.machine_start() {
+        Start::Clone => ("clone", "template"),
+        Start::Boot => ("booted", "why"),
+    };
+    ensure!(
+        fact("kind")? == kind && origin[why] == fact(why)?,
+        "{facts:?} of {origin}"
+    );
+    own.remove()
+}
+
+/// What `crictl inspectp` tells of the machine: in a place of its own where the sandbox is the shim's, else among the annotations.
+fn facts(lab: &Together<'_>, sandbox: &str) -> Result<BTreeMap<String, String>> {
+    let said = lab.pod_info(sandbox)?;
+    let info: Value = serde_json::from_str(said.get("info").context("there is no info")?)?;
+    let (facts, prefix) = match lab.sandboxer() {
+        Sandboxer::Shim => (&info, ""),
+        Sandboxer::PodSandbox => (&info["runtimeSpec"]["annotations"], "machine.coreos-kvm.io/"),
+    };
+    let facts = facts.as_object().into_iter().flatten();
+    Ok(facts
+        .filter_map(|(name, fact)| {
+            let text = fact.as_str().map_or_else(|| fact.to_string(), str::to_owned);
+            Some((name.strip_prefix(prefix)?.to_owned(), text))
+        })
+        .collect())
 }

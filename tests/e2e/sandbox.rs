@@ -3,21 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use kubeception_tests::cri::COREOS_KVM;
 use kubeception_tests::image::BUSYBOX;
 use kubeception_tests::leftovers::{expect_nothing_left, processes};
 use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::Trial;
-use serde_json::Value;
 
-use crate::lab::{Alone, Lab, OwnPod, Start, TEMPLATE, Together, origin};
+use crate::lab::{Alone, Lab, TEMPLATE, Together};
 use crate::measure::QEMU;
 use crate::{container, death, events, machine, network, processes, stats};
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     vec![
-        lab.trial("crictl inspectp tells what the pod's machine is", info),
         lab.trial("containers share the pod's /dev/shm, and have its files in /etc", files),
         lab.trial_alone(
             "a pod that the client gives up while its machine boots leaves nothing",
@@ -27,7 +25,8 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
 }
 
 /// Of all others, those that go another way than with containerd's own sandboxes: by words of their names.
-const CHOSEN: [&str; 12] = [
+const CHOSEN: [&str; 13] = [
+    "crictl inspectp tells",
     "the pod is ready and has an address",
     "a Container Linux Config in a ConfigMap",
     "environment, hostname and resolv.conf",
@@ -66,47 +65,6 @@ pub(crate) fn chosen_trials(lab: &Arc<Lab>) -> Result<Vec<Trial>> {
         .into_iter()
         .filter(|trial| CHOSEN.iter().any(|words| trial.name().contains(words)));
     Ok(chosen.chain(trials(lab)).collect())
-}
-
-fn info(lab: &Together<'_>) -> Result<()> {
-    let place = lab.node.place();
-    let own = OwnPod::run(lab, Pod::new(place, "told"), COREOS_KVM)?;
-    let said = lab.pod_info(&own.id)?;
-    let info: Value = serde_json::from_str(said.get("info").context("there is no info")?)?;
-    let text = |key: &str| {
-        info[key]
-            .as_str()
-            .with_context(|| format!("there is no {key} in {info}"))
-    };
-    let pid = info["pid"]
-        .as_u64()
-        .with_context(|| format!("there is no pid in {info}"))?;
-    let program = lab
-        .node
-        .command("cat")
-        .arg(format!("/proc/{pid}/comm"))
-        .output()?
-        .stdout;
-    ensure!(program.starts_with(b"qemu-system"), "{pid} is no QEMU: {info}");
-    ensure!(
-        text("guest")? == "reference" && ["kvm", "tcg"].contains(&text("accel")?),
-        "{info}"
-    );
-    let console = text("console")?;
-    let seen = lab.node.command("test").args(["-f", console]).status()?;
-    ensure!(seen.success(), "there is no {console}");
-    let origin = origin(place, &own.id)?;
-    match lab.machine_start() {
-        Start::Clone => ensure!(
-            info["kind"] == "clone" && info["template"] == origin["template"],
-            "{info} of {origin}"
-        ),
-        Start::Boot => ensure!(
-            info["kind"] == "booted" && info["why"] == origin["why"],
-            "{info} of {origin}"
-        ),
-    }
-    own.remove()
 }
 
 fn files(lab: &Together<'_>) -> Result<()> {
