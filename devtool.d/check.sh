@@ -56,7 +56,7 @@ lint() {
   step "formatter" - "'cargo fmt' mends it." cargo fmt --all --check
   step "clippy" - "$advice" cargo clippy --workspace --all-targets --locked -- -D warnings
   # No test of cargo's own, and so none of all its targets.
-  step "clippy of the trials" - "$advice" cargo clippy -p kubeception-tests --test e2e --locked -- -D warnings
+  step "clippy of the trials" - "$advice" cargo clippy --workspace --test e2e --locked -- -D warnings
   step "shellcheck" - "$advice" check_shell
   step "Go" - "'gofmt -w' mends the form; the log has what 'go vet' found." check_go
   # Without optimisation: it is fast enough, and builds in a third of the time.
