@@ -41,16 +41,18 @@ fn set_clock(wall_ns: i64) -> Result<(), AgentError> {
 
 /// Adds so many nanoseconds to the wall clock, and answers what it then is.
 pub(crate) fn adjust_clock(by_ns: i64) -> Result<i64, AgentError> {
-    let now = || {
-        clock_gettime(ClockId::CLOCK_REALTIME)
-            .map(|now| now.num_nanoseconds())
-            .map_err(AgentError::failed("reading the clock failed"))
-    };
     if by_ns != 0 {
-        let wanted = now()?.checked_add(by_ns).filter(|wanted| *wanted >= 0);
+        let wanted = clock_ns()?.checked_add(by_ns).filter(|wanted| *wanted >= 0);
         set_clock(wanted.ok_or_else(|| AgentError::InvalidArgument(format!("{by_ns} ns lead out of time")))?)?;
     }
-    now()
+    clock_ns()
+}
+
+/// The wall clock, in nanoseconds since the epoch.
+fn clock_ns() -> Result<i64, AgentError> {
+    clock_gettime(ClockId::CLOCK_REALTIME)
+        .map(|now| now.num_nanoseconds())
+        .map_err(AgentError::failed("reading the clock failed"))
 }
 
 /// Sets the guest's name; an empty one leaves it.
@@ -137,6 +139,29 @@ fn parse_id(text: &str) -> Option<[u8; 16]> {
 /// The text of machine-id(5), without a newline.
 fn id_text(id: [u8; 16]) -> String {
     format!("{:032x}", u128::from_be_bytes(id))
+}
+
+impl Ids {
+    /// Does once what [`renew`] does in each clone, and leaves the machine what it is.
+    ///
+    /// # Errors
+    /// What a clone would fail with.
+    pub(crate) fn rehearse(self) -> Result<()> {
+        let mut seed = vec![0; SEED_LENGTH];
+        std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut seed)?;
+        // There, under a name that nobody has, and back.
+        let (own, another) = (id_text(self.machine_id), id_text(self.boot_id));
+        quiet::rename_journals(&own, &another)?;
+        quiet::rename_journals(&another, &own)?;
+        let told = Awakening {
+            seed,
+            boot_id: self.boot_id.to_vec(),
+            machine_id: self.machine_id.to_vec(),
+            wall_clock_ns: clock_ns()?,
+            ..Default::default()
+        };
+        renew(&self.machine_name(), &told)
+    }
 }
 
 /// Makes a clone a machine of its own: what its kernel takes for random first, for all else may be made of that.

@@ -90,9 +90,10 @@ fn last_words(words: &impl std::fmt::Display) {
 
 async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
     let share = Arc::new(share::Share::default());
+    let shm = Arc::new(mounts::Shm::default());
     let template = match template::kind() {
         Some(kind) => {
-            let template = Template::prepare(kind, &share).await;
+            let template = Template::prepare(kind, &share, &shm).await;
             Some(template.context("making the guest quiet")?)
         }
         None => None,
@@ -103,7 +104,7 @@ async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
     let containers = Arc::new(containers::Containers::new(reaper, zygote, cgroup));
 
     let (mut connections, calls) = Connections::listen(containers.clone()).context("listening for the host")?;
-    let service = service::Service::new(containers.clone(), share.clone());
+    let service = service::Service::new(containers.clone(), share.clone(), shm);
     let mut server = ttrpc::asynchronous::Server::new()
         .add_listener(Listener::new(calls))
         .register_service(agent_ttrpc::create_agent(Arc::new(service)));

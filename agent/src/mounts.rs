@@ -1,6 +1,11 @@
 //! Mounts that all containers of the pod share.
 
-use std::{fs::DirBuilder, io, os::unix::fs::DirBuilderExt};
+use std::{
+    fs::DirBuilder,
+    io,
+    os::unix::fs::DirBuilderExt,
+    sync::{Mutex, PoisonError},
+};
 
 use nix::mount::{MsFlags, mount};
 
@@ -11,13 +16,34 @@ pub(crate) const SHM: &str = "/run/coreos-kvm/shm";
 /// What a container gets where nobody says otherwise, in bytes.
 const SHM_SIZE: u64 = 64 * 1024 * 1024;
 
-/// Makes the pod's /dev/shm; a size of 0 is the usual one.
-pub(crate) fn shm(size: u64) -> Result<(), AgentError> {
-    make(SHM, 0o1777)?;
-    let options = format!("mode=1777,size={}", if size == 0 { SHM_SIZE } else { size });
-    let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-    mount(Some("shm"), SHM, Some("tmpfs"), flags, Some(options.as_str()))
-        .map_err(AgentError::failed("mounting the pod's /dev/shm failed"))
+/// The pod's /dev/shm.
+#[derive(Debug, Default)]
+pub(crate) struct Shm {
+    /// The size that it is mounted with, in bytes.
+    mounted: Mutex<Option<u64>>,
+}
+
+impl Shm {
+    /// Mounts it; a size of 0 is the usual one. One that is there already gets the size. Most have it then, and systemd, which
+    /// reads the list of mounts at each change, needs not look.
+    pub(crate) fn mount(&self, size: u64) -> Result<(), AgentError> {
+        let size = if size == 0 { SHM_SIZE } else { size };
+        let mut mounted = self.mounted.lock().unwrap_or_else(PoisonError::into_inner);
+        let again = match *mounted {
+            Some(there) if there == size => return Ok(()),
+            Some(_) => MsFlags::MS_REMOUNT,
+            None => {
+                make(SHM, 0o1777)?;
+                MsFlags::empty()
+            }
+        };
+        let options = format!("mode=1777,size={size}");
+        let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | again;
+        mount(Some("shm"), SHM, Some("tmpfs"), flags, Some(options.as_str()))
+            .map_err(AgentError::failed("mounting the pod's /dev/shm failed"))?;
+        *mounted = Some(size);
+        Ok(())
+    }
 }
 
 fn make(path: &str, mode: u32) -> Result<(), AgentError> {

@@ -2,19 +2,17 @@
 
 use std::{
     collections::HashMap,
+    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::Path,
     time::Duration,
 };
 
 use coreos_kvm_proto::agent::{ConfigureNetworkRequest, Interface, Neighbour, Route};
-use futures::TryStreamExt;
 use rtnetlink::{
     Handle, LinkUnspec, RouteMessageBuilder,
     packet_core::ErrorMessage,
-    packet_route::{
-        link::LinkAttribute,
-        route::{RouteFlags, RouteScope},
-    },
+    packet_route::route::{RouteFlags, RouteScope},
 };
 use tokio::time::{Instant, sleep};
 
@@ -22,6 +20,8 @@ use crate::error::AgentError;
 
 /// The device's driver may still be loading.
 const DEVICE: Duration = Duration::from_secs(10);
+/// Where the kernel lists the interfaces, each with its address and number (Documentation/ABI/testing/sysfs-class-net).
+const INTERFACES: &str = "/sys/class/net";
 
 /// Sets up everything that is asked.
 pub(crate) async fn configure(request: &ConfigureNetworkRequest) -> Result<(), AgentError> {
@@ -42,7 +42,7 @@ async fn configure_by(handle: &Handle, request: &ConfigureNetworkRequest) -> Res
     up(handle, 1, "lo").await?;
     let mut indexes = HashMap::new();
     for interface in &request.interfaces {
-        let index = find(handle, &interface.mac).await?;
+        let index = find(&interface.mac).await?;
         configure_interface(handle, index, interface).await?;
         indexes.insert(interface.name.as_str(), index);
     }
@@ -101,23 +101,12 @@ async fn up(handle: &Handle, index: u32, name: &str) -> Result<(), AgentError> {
         .map_err(AgentError::failed(format!("bringing up interface {name} failed")))
 }
 
-async fn find(handle: &Handle, mac: &str) -> Result<u32, AgentError> {
-    let wanted = parse_mac(mac)?;
+/// The interface with that address: its index.
+async fn find(mac: &str) -> Result<u32, AgentError> {
     let deadline = Instant::now() + DEVICE;
     loop {
-        let mut links = handle.link().get().execute();
-        while let Some(link) = links
-            .try_next()
-            .await
-            .map_err(AgentError::failed("listing the interfaces failed"))?
-        {
-            if link
-                .attributes
-                .iter()
-                .any(|attribute| matches!(attribute, LinkAttribute::Address(address) if *address == wanted))
-            {
-                return Ok(link.header.index);
-            }
+        if let Some(index) = index_of(Path::new(INTERFACES), mac) {
+            return Ok(index);
         }
         if Instant::now() > deadline {
             return Err(AgentError::NotFound(format!(
@@ -126,6 +115,15 @@ async fn find(handle: &Handle, mac: &str) -> Result<u32, AgentError> {
         }
         sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// By sysfs: netlink's list of the interfaces has all that there is to say of each.
+fn index_of(interfaces: &Path, mac: &str) -> Option<u32> {
+    let said = |interface: &fs::DirEntry, what: &str| fs::read_to_string(interface.path().join(what)).ok();
+    let mut interfaces = fs::read_dir(interfaces).ok()?.flatten();
+    let interface = interfaces
+        .find(|interface| said(interface, "address").is_some_and(|address| address.trim().eq_ignore_ascii_case(mac)))?;
+    said(&interface, "ifindex")?.trim().parse().ok()
 }
 
 async fn add_route(handle: &Handle, route: &Route, index: u32) -> Result<(), AgentError> {
@@ -251,6 +249,20 @@ fn parse_mac(text: &str) -> Result<Vec<u8>, AgentError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_interface_is_found_by_its_address() {
+        let interfaces = tempfile::tempdir().unwrap();
+        for (name, address, index) in [("lo", "00:00:00:00:00:00", "1"), ("ens1", "0a:58:0a:58:00:04", "7")] {
+            let interface = interfaces.path().join(name);
+            fs::create_dir(&interface).unwrap();
+            fs::write(interface.join("address"), format!("{address}\n")).unwrap();
+            fs::write(interface.join("ifindex"), format!("{index}\n")).unwrap();
+        }
+        assert_eq!(index_of(interfaces.path(), "0A:58:0a:58:00:04"), Some(7));
+        assert_eq!(index_of(interfaces.path(), "0a:58:0a:58:00:05"), None);
+        assert_eq!(index_of(Path::new("/nowhere"), "0a:58:0a:58:00:04"), None);
+    }
 
     #[test]
     fn addresses_are_read_and_nonsense_is_refused() {

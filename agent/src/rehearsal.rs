@@ -5,20 +5,28 @@ use std::{
     fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use coreos_kvm_proto::agent::{ConfigureNetworkRequest, Streams};
+use rustix::thread::{MembarrierCommand, membarrier};
 use serde_json::json;
+use tokio::time::sleep;
 
 use crate::{
     containers::{Containers, Processes},
-    identity, network,
+    identity::Ids,
+    network, quiet,
 };
 
 /// The container's name, which no pod's container has.
 const NAME: &str = "rehearsal";
 const FOLDER: &str = "/run/coreos-kvm/rehearsal";
+/// Steps in which a cgroup goes, and one to spare.
+const STEPS: usize = 4;
+/// What the kernel has for each of them to do takes less.
+const STEP: Duration = Duration::from_millis(100);
 /// Of the guest's, what a container of its programs consists of: where they are, and the links that lead there.
 const PROGRAMS: &str = "usr";
 const LINKS: [&str; 4] = ["bin", "lib", "lib64", "sbin"];
@@ -27,16 +35,27 @@ const LINKS: [&str; 4] = ["bin", "lib", "lib64", "sbin"];
 ///
 /// # Errors
 /// When the container does not run as it is to: one of a clone would not either.
-pub(crate) async fn rehearse(containers: &Containers) -> Result<()> {
-    // systemd and others listen for changes of the clock.
-    identity::adjust_clock(1).context("setting the clock")?;
+pub(crate) async fn rehearse(containers: &Containers, template: Ids) -> Result<()> {
+    template.rehearse().context("becoming a machine of its own")?;
+    quiet::find_new_devices()?;
     network::configure(&ConfigureNetworkRequest::default())
         .await
         .context("bringing up the loopback interface")?;
     let made = make_root().context("making a root file system")?;
     let result = run(containers, &made).await.context("running a container");
     fs::remove_dir_all(FOLDER).context("removing the root file system")?;
-    result
+    result?;
+    settle().await
+}
+
+/// Waits until the kernel has taken the container apart, for else each clone would go on with that. It does so in steps, the next of
+/// which begins when a grace period of RCU is over (`css_killed_work_fn` and what follows it in kernel/cgroup/cgroup.c).
+async fn settle() -> Result<()> {
+    for _ in 0..STEPS {
+        membarrier(MembarrierCommand::Global).context("waiting for a grace period")?;
+        sleep(STEP).await;
+    }
+    Ok(())
 }
 
 /// A root file system that shows the guest's own programs.

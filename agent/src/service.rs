@@ -13,7 +13,9 @@ use ttrpc::r#async::TtrpcContext;
 use crate::{
     containers::{Containers, Processes},
     error::AgentError,
-    identity, mounts, network,
+    identity,
+    mounts::Shm,
+    network,
     reaper::Exit,
     share::Share,
     size, stats,
@@ -22,11 +24,12 @@ use crate::{
 pub(crate) struct Service {
     containers: Arc<Containers>,
     share: Arc<Share>,
+    shm: Arc<Shm>,
 }
 
 impl Service {
-    pub(crate) fn new(containers: Arc<Containers>, share: Arc<Share>) -> Self {
-        Self { containers, share }
+    pub(crate) fn new(containers: Arc<Containers>, share: Arc<Share>, shm: Arc<Shm>) -> Self {
+        Self { containers, share, shm }
     }
 }
 
@@ -72,7 +75,7 @@ impl Agent for Service {
     ) -> Answer<proto::Empty> {
         identity::set_hostname(&request.hostname)?;
         self.share.mount(&request.shared_tag).await?;
-        mounts::shm(request.shm_size)?;
+        self.shm.mount(request.shm_size)?;
         empty(identity::set_sysctls(&request.sysctls))
     }
 

@@ -12,7 +12,7 @@ use protobuf::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{
-    containers::Containers, free_memory, greeting::kernel_argument, identity, quiet, rehearsal::rehearse,
+    containers::Containers, free_memory, greeting::kernel_argument, identity, mounts::Shm, quiet, rehearsal::rehearse,
     serial::SerialPort, share::Share,
 };
 
@@ -47,7 +47,7 @@ impl Template {
     ///
     /// # Errors
     /// When the guest cannot be made quiet.
-    pub(crate) async fn prepare(kind: Kind, share: &Share) -> Result<Self> {
+    pub(crate) async fn prepare(kind: Kind, share: &Share, shm: &Shm) -> Result<Self> {
         quiet::load_drivers()?;
         let port = SerialPort::open(AGENT_SERIAL_PORT).context("opening the port on which clones are woken")?;
         quiet::boot_has_ended().await;
@@ -56,6 +56,7 @@ impl Template {
         if kind == Kind::Plain {
             share.mount_ahead().context("mounting the shared directory ahead")?;
         }
+        shm.mount(0).context("mounting the pod's /dev/shm ahead")?;
         Ok(Self { kind, port })
     }
 
@@ -73,9 +74,11 @@ impl Template {
             machine_id: template.machine_id.to_vec(),
             ..Default::default()
         };
-        let template = template.machine_name();
         free_memory::clear()?;
-        rehearse(containers).await.context("rehearsing a clone's start")?;
+        rehearse(containers, template)
+            .await
+            .context("rehearsing a clone's start")?;
+        let template = template.machine_name();
         let others = containers.set_others_aside();
         send(&mut port, &ready.write_to_bytes()?)
             .await
