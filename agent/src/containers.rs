@@ -14,7 +14,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Instant,
@@ -32,7 +32,11 @@ use crate::{
     error::AgentError,
     process::Process,
     reaper::{Exit, ExitWatch, Reaper},
-    runtime::{self, ConsoleSocket, Order, Target, zygote::Zygote},
+    runtime::{
+        self, ConsoleSocket, Order, Target,
+        users::{IdMappings, Users},
+        zygote::Zygote,
+    },
 };
 
 type Key = (String, String);
@@ -48,6 +52,8 @@ pub(crate) struct Containers {
     consoles: AtomicU64,
     /// The process namespace that containers share, once there is one.
     shared: tokio::sync::Mutex<Option<SharedProcesses>>,
+    /// The user namespace that all containers are in, if they are in one.
+    users: OnceLock<Users>,
 }
 
 /// A process namespace that lasts as long as its first process.
@@ -78,7 +84,25 @@ impl Containers {
             processes: Mutex::default(),
             consoles: AtomicU64::default(),
             shared: tokio::sync::Mutex::default(),
+            users: OnceLock::new(),
         }
+    }
+
+    /// Makes the user namespace of all containers. Once, before there is one.
+    ///
+    /// # Errors
+    /// When the guest's kernel does not make it.
+    pub(crate) async fn make_users(&self, mappings: IdMappings) -> Result<(), AgentError> {
+        let users = Users::make(&self.zygote, mappings).await?;
+        self.users
+            .set(users)
+            .map_err(|_| AgentError::AlreadyExists("the pod has a user namespace already".to_owned()))
+    }
+
+    /// The user namespace for a process that is to be in it, and who is who there.
+    fn users(&self) -> Result<(Option<OwnedFd>, Option<IdMappings>), AgentError> {
+        let users = self.users.get();
+        Ok((users.map(Users::namespace).transpose()?, users.map(Users::mappings)))
     }
 
     pub(crate) fn process(&self, container_id: &str, exec_id: &str) -> Result<Arc<Process>, AgentError> {
@@ -120,7 +144,7 @@ impl Containers {
         process: &Process,
         processes: Processes<'_>,
     ) -> Result<u32, AgentError> {
-        let target = match processes {
+        let processes = match processes {
             Processes::Own => None,
             Processes::Pod => Some(self.shared_processes().await?),
             Processes::Container(id) => Some(runtime::process_namespace(self.running(id)?)?),
@@ -133,13 +157,18 @@ impl Containers {
         make_folder(&runtime::records())?;
         write_secret(&bundle.join(runtime::SPEC), spec)?;
         let since = Instant::now();
+        let (users, mappings) = self.users()?;
+        let has_processes = processes.is_some();
         let order = |console| Order::Create {
             id: id.to_owned(),
             bundle,
             cgroup: self.cgroup.join(id),
             console,
+            processes: has_processes,
+            users: mappings,
         };
-        let pid = self.run(order, process, target.map(Target::Processes)).await?;
+        let target = Target::Namespaces { processes, users };
+        let pid = self.run(order, process, Some(target)).await?;
         process.made(pid, &self.reaper, since, false);
         Ok(pid.as_raw().unsigned_abs())
     }
@@ -154,7 +183,9 @@ impl Containers {
         }
         make_folder(Path::new(runtime::ROOT))?;
         let since = Instant::now();
-        let pid = runtime::run(&self.zygote, &Order::Hold, None, None).await?;
+        let (users, mappings) = self.users()?;
+        let target = Target::Namespaces { processes: None, users };
+        let pid = runtime::run(&self.zygote, &Order::Hold { users: mappings }, None, Some(target)).await?;
         let made = SharedProcesses {
             end: self.reaper.watch(pid, since),
             namespace: runtime::process_namespace(pid)?,
@@ -260,6 +291,7 @@ impl Containers {
             bundle,
             process: spec.to_owned(),
             console,
+            users: self.users.get().map(Users::mappings),
         };
         self.run(order, process, Some(target)).await
     }

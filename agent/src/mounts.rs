@@ -3,7 +3,7 @@
 use std::{
     fs::DirBuilder,
     io,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, chown},
     sync::{Mutex, PoisonError},
 };
 
@@ -13,8 +13,12 @@ use crate::error::AgentError;
 
 /// Where the pod's /dev/shm is; the host's specifications name it.
 pub(crate) const SHM: &str = "/run/coreos-kvm/shm";
+/// Where the pod's /dev/mqueue is, for containers that cannot mount it.
+pub(crate) const MQUEUE: &str = "/run/coreos-kvm/mqueue";
 /// What a container gets where nobody says otherwise, in bytes.
 const SHM_SIZE: u64 = 64 * 1024 * 1024;
+
+const FLAGS: MsFlags = MsFlags::MS_NODEV.union(MsFlags::MS_NOSUID).union(MsFlags::MS_NOEXEC);
 
 /// The pod's /dev/shm.
 #[derive(Debug, Default)]
@@ -38,12 +42,23 @@ impl Shm {
             }
         };
         let options = format!("mode=1777,size={size}");
-        let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | again;
-        mount(Some("shm"), SHM, Some("tmpfs"), flags, Some(options.as_str()))
+        mount(Some("shm"), SHM, Some("tmpfs"), FLAGS | again, Some(options.as_str()))
             .map_err(AgentError::failed("mounting the pod's /dev/shm failed"))?;
         *mounted = Some(size);
         Ok(())
     }
+
+    /// Has it belong to this user and this group, rather than to the guest's root.
+    pub(crate) fn give(&self, (user, group): (u32, u32)) -> Result<(), AgentError> {
+        chown(SHM, Some(user), Some(group)).map_err(AgentError::failed("giving the pod its /dev/shm failed"))
+    }
+}
+
+/// Makes the pod's /dev/mqueue, which is the guest's.
+pub(crate) fn mqueue() -> Result<(), AgentError> {
+    make(MQUEUE, 0o755)?;
+    mount(Some("mqueue"), MQUEUE, Some("mqueue"), FLAGS, None::<&str>)
+        .map_err(AgentError::failed("mounting the pod's /dev/mqueue failed"))
 }
 
 fn make(path: &str, mode: u32) -> Result<(), AgentError> {

@@ -11,6 +11,7 @@ mod create;
 mod hold;
 mod join;
 mod seccomp;
+pub(crate) mod users;
 pub(crate) mod zygote;
 
 use std::{
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 
 use crate::error::AgentError;
+use users::IdMappings;
 
 /// Where containers' bundles and libcontainer's own records are.
 pub(crate) const ROOT: &str = "/run/coreos-kvm/containers";
@@ -40,15 +42,21 @@ const BOUND: Duration = Duration::from_secs(50);
 /// What the zygote is to make.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Order {
-    /// The first process of a process namespace that containers share.
-    Hold,
-    /// The container whose bundle is at `bundle`; in the process namespace that is a fourth descriptor, if there is one.
+    /// The user namespace of the pod's containers: a process in it, which ends with the descriptor that is its own.
+    Users(IdMappings),
+    /// The first process of a process namespace that containers share; in the user namespace that is a descriptor, if there is one.
+    Hold { users: Option<IdMappings> },
+    /// The container whose bundle is at `bundle`; in the namespaces that are further descriptors.
     Create {
         id: String,
         bundle: PathBuf,
         /// Relative to the hierarchy's root.
         cgroup: PathBuf,
         console: Option<PathBuf>,
+        /// There is a process namespace.
+        processes: bool,
+        /// After it there is a user namespace.
+        users: Option<IdMappings>,
     },
     /// The program of the container's init.
     Start { id: String },
@@ -59,6 +67,8 @@ pub(crate) enum Order {
         bundle: PathBuf,
         process: PathBuf,
         console: Option<PathBuf>,
+        /// Those of the container's user namespace.
+        users: Option<IdMappings>,
     },
 }
 
@@ -72,8 +82,13 @@ pub(crate) enum Target {
         /// The directory of its cgroup.
         cgroup: OwnedFd,
     },
-    /// Of an [`Order::Create`]: a process namespace.
-    Processes(OwnedFd),
+    /// Of an [`Order::Create`] or [`Order::Hold`].
+    Namespaces {
+        processes: Option<OwnedFd>,
+        users: Option<OwnedFd>,
+    },
+    /// Of an [`Order::Users`]: an end of a pipe.
+    Until(OwnedFd),
 }
 
 /// The streams of the process that is made.
@@ -105,7 +120,7 @@ pub(crate) async fn run(
 ) -> Result<Pid, AgentError> {
     let (report, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
         .map_err(AgentError::failed("making a pipe for the runtime failed"))?;
-    let executes = matches!(order, Order::Hold | Order::Join { .. });
+    let executes = matches!(order, Order::Hold { .. } | Order::Join { .. });
     let mut descriptors = vec![theirs];
     descriptors.extend(
         stdio
@@ -114,7 +129,8 @@ pub(crate) async fn run(
     );
     match target {
         Some(Target::Container { init, cgroup }) => descriptors.extend([init, cgroup]),
-        Some(Target::Processes(namespace)) => descriptors.push(namespace),
+        Some(Target::Namespaces { processes, users }) => descriptors.extend(processes.into_iter().chain(users)),
+        Some(Target::Until(end)) => descriptors.push(end),
         None => {}
     }
     zygote
@@ -260,9 +276,11 @@ pub(crate) fn target(init: Pid, cgroup: &Path) -> Result<Target, AgentError> {
 
 /// Opens the process namespace of a child of the agent.
 pub(crate) fn process_namespace(pid: Pid) -> Result<OwnedFd, AgentError> {
-    std::fs::File::open(format!("/proc/{pid}/ns/pid"))
-        .map(OwnedFd::from)
-        .map_err(AgentError::failed("the process namespace is gone"))
+    namespace(pid, "pid").map_err(AgentError::failed("the process namespace is gone"))
+}
+
+fn namespace(pid: Pid, name: &str) -> io::Result<OwnedFd> {
+    std::fs::File::open(format!("/proc/{pid}/ns/{name}")).map(OwnedFd::from)
 }
 
 #[cfg(test)]

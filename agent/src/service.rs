@@ -14,9 +14,10 @@ use crate::{
     containers::{Containers, Processes},
     error::AgentError,
     identity,
-    mounts::Shm,
+    mounts::{self, Shm},
     network,
     reaper::Exit,
+    runtime::users::IdMappings,
     share::Share,
     size, stats,
 };
@@ -76,6 +77,11 @@ impl Agent for Service {
         identity::set_hostname(&request.hostname)?;
         self.share.mount(&request.shared_tag).await?;
         self.shm.mount(request.shm_size)?;
+        if let Some(users) = request.users.as_ref().map(IdMappings::of).transpose()? {
+            self.shm.give(users.root())?;
+            mounts::mqueue()?;
+            self.containers.make_users(users).await?;
+        }
         empty(identity::set_sysctls(&request.sysctls))
     }
 

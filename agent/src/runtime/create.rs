@@ -17,8 +17,15 @@ use super::{
     REPORT_MAX, SPEC,
     adapt::{adapt, enter_processes},
     chain, records,
+    users::{self, IdMappings},
 };
 use crate::{share, workdir};
+
+/// The namespaces that a container enters.
+pub(super) struct Entered<'a> {
+    pub(super) processes: Option<BorrowedFd<'a>>,
+    pub(super) users: Option<(BorrowedFd<'a>, IdMappings)>,
+}
 
 /// Makes the container with its init, which then waits; answers the init's pid. What libcontainer has to say about errors goes
 /// to `report`, from all its processes.
@@ -28,7 +35,7 @@ pub(super) fn create(
     bundle: &Path,
     cgroup: &Path,
     console: Option<&Path>,
-    processes: Option<BorrowedFd<'_>>,
+    entered: &Entered<'_>,
 ) -> Result<i32, String> {
     if let Ok(report) = report.try_clone() {
         // The only one: this process has just come into being.
@@ -47,13 +54,20 @@ pub(super) fn create(
             root.display()
         ));
     }
-    if let Err(error) = workdir::make(&root, &folder) {
+    let mappings = entered.users.map(|(_, mappings)| mappings);
+    if let Err(error) = workdir::make(&root, &folder, mappings.map(IdMappings::root)) {
         // It may be on a volume, which is not seen from here; libcontainer fails if it is nowhere.
         tracing::error!("the working directory {} cannot be made: {error}", folder.display());
     }
     adapt(&mut spec, cgroup, console.is_some())?;
-    if let Some(namespace) = processes {
+    if let Some(namespace) = entered.processes {
         enter_processes(&mut spec, namespace);
+    }
+    if let Some((namespace, _)) = entered.users {
+        users::adapt(&mut spec, namespace)?;
+    }
+    if let Some(process) = spec.process() {
+        users::give_streams(process.user(), mappings);
     }
     spec.save(bundle.join("config.json")).map_err(|error| chain(&error))?;
     let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())

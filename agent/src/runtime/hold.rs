@@ -2,7 +2,7 @@
 //! processes whose parents have gone. The containers see it, so there is nothing in it to look into: no file of the guest, no
 //! open descriptor, no right.
 
-use std::convert::Infallible;
+use std::{convert::Infallible, fs::File, os::fd::BorrowedFd};
 
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
@@ -14,19 +14,39 @@ use nix::{
     unistd::{Gid, Uid, chdir, pause, pivot_root, setgroups, setresgid, setresuid, setsid},
 };
 
-use super::ROOT;
+use super::{
+    ROOT, error_line,
+    users::{self, IdMappings, NOBODY},
+    zygote::branch,
+};
 
-/// Whom nothing belongs to: `nobody`.
-const NOBODY: u32 = 65534;
+/// Has a process become that process of a process namespace that belongs to a user namespace, which nobody else's containers could
+/// have in /proc. Answers the report of it. To be called by a process that ends then: there is no way back.
+pub(super) fn hold_among(namespace: BorrowedFd<'_>, users: IdMappings, report: &File) -> String {
+    let entered = users::enter(namespace).and_then(|()| unshare(CloneFlags::CLONE_NEWPID));
+    let (user, group) = users.nobody();
+    let work = || error_line(&hold(user, group));
+    match entered
+        .map_err(std::io::Error::from)
+        .and_then(|()| branch(None, report, &[], work))
+    {
+        Ok(pid) => format!("pid {pid}\n"),
+        Err(error) => error_line(&format!("the first process of the pod could not be made: {error}")),
+    }
+}
 
-/// Becomes that process. Returns only with the reason why that failed.
-pub(super) fn hold() -> String {
-    match try_hold() {
+/// Becomes that process, as nobody. Returns only with the reason why that failed.
+pub(super) fn hold_for_all() -> String {
+    hold(Uid::from_raw(NOBODY), Gid::from_raw(NOBODY))
+}
+
+fn hold(user: Uid, group: Gid) -> String {
+    match try_hold(user, group) {
         Err(error) => format!("the first process of the pod could not be made: {}", error.desc()),
     }
 }
 
-fn try_hold() -> nix::Result<Infallible> {
+fn try_hold(user: Uid, group: Gid) -> nix::Result<Infallible> {
     prctl::set_name(c"pod")?;
     setsid()?;
     let none = None::<&str>;
@@ -41,7 +61,6 @@ fn try_hold() -> nix::Result<Infallible> {
     chdir("/")?;
 
     setgroups(&[])?;
-    let (user, group) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
     setresgid(group, group, group)?;
     setresuid(user, user, user)?;
     prctl::set_no_new_privs()?;

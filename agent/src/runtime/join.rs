@@ -27,18 +27,35 @@ use nix::{
 };
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
-use super::{SPEC, adapt::adapt_process, chain, seccomp};
+use super::{
+    SPEC,
+    adapt::adapt_process,
+    chain, seccomp,
+    users::{IdMappings, give_streams},
+};
 use crate::passwd;
 
 /// Makes the calling process, which is in the container's cgroup and PID namespace, one of the container. Returns only with the
 /// reason why that failed.
-pub(super) fn join(init: BorrowedFd<'_>, bundle: &Path, process: &Path, console: Option<&Path>) -> String {
-    match try_join(init, bundle, process, console) {
+pub(super) fn join(
+    init: BorrowedFd<'_>,
+    bundle: &Path,
+    process: &Path,
+    console: Option<&Path>,
+    users: Option<IdMappings>,
+) -> String {
+    match try_join(init, bundle, process, console, users) {
         Err(error) => error,
     }
 }
 
-fn try_join(init: BorrowedFd<'_>, bundle: &Path, process: &Path, console: Option<&Path>) -> Result<Infallible, String> {
+fn try_join(
+    init: BorrowedFd<'_>,
+    bundle: &Path,
+    process: &Path,
+    console: Option<&Path>,
+    users: Option<IdMappings>,
+) -> Result<Infallible, String> {
     let spec = Spec::load(bundle.join(SPEC)).map_err(|error| chain(&error))?;
     let mut process: Process = std::fs::read(process)
         .and_then(|text| Ok(serde_json::from_slice(&text)?))
@@ -67,6 +84,7 @@ fn try_join(init: BorrowedFd<'_>, bundle: &Path, process: &Path, console: Option
             .set_rlimit(limit)
             .map_err(|error| format!("setting {:?} failed: {}", limit.typ(), chain(&error)))?;
     }
+    give_streams(process.user(), users);
     setns(init, namespaces(&spec)).map_err(failed("entering the container failed"))?;
     if let Some(console) = console {
         // It closes the socket itself.

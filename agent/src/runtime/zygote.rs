@@ -19,11 +19,15 @@ use nix::{
     unistd::{ForkResult, Pid, fork},
 };
 
-use super::{Order, REPORT_MAX, create, error_line, hold, join};
+use super::{
+    Order, REPORT_MAX,
+    create::{self, Entered},
+    error_line, hold, join,
+};
 
 /// Longest order, in bytes: names and a few paths.
 const ORDER_MAX: usize = 4096;
-/// Report, streams, init and cgroup.
+/// Report, streams, and init and cgroup or two namespaces.
 const DESCRIPTORS_MAX: usize = 6;
 
 /// The agent's end.
@@ -95,10 +99,14 @@ fn serve(socket: OwnedFd) -> io::Result<()> {
                     bundle,
                     process,
                     console,
+                    users,
                 },
                 [stdin, stdout, stderr, init, cgroup],
             ) => {
-                let join = || error_line(&join::join(init.as_fd(), bundle, process, console.as_deref()));
+                let join = || {
+                    let console = console.as_deref();
+                    error_line(&join::join(init.as_fd(), bundle, process, console, *users))
+                };
                 // Only children get into the PID namespace that was entered last.
                 setns(init, CloneFlags::CLONE_NEWPID)
                     .map_err(io::Error::from)
@@ -115,26 +123,40 @@ fn serve(socket: OwnedFd) -> io::Result<()> {
                     bundle,
                     cgroup,
                     console,
+                    processes,
+                    users,
                 },
-                [stdin, stdout, stderr, processes @ ..],
+                [stdin, stdout, stderr, namespaces @ ..],
             ) => {
-                let processes = processes.first().map(AsFd::as_fd);
+                let mut namespaces = namespaces.iter().map(AsFd::as_fd).peekable();
+                let entered = Entered {
+                    processes: namespaces.next_if(|_| *processes),
+                    users: namespaces.next().zip(*users),
+                };
                 let make = || {
-                    line(create::create(
-                        &report,
-                        id,
-                        bundle,
-                        cgroup,
-                        console.as_deref(),
-                        processes,
-                    ))
+                    let console = console.as_deref();
+                    line(create::create(&report, id, bundle, cgroup, console, &entered))
                 };
                 branch(None, &report, &[stdin, stdout, stderr], make).map(drop)
             }
-            (Order::Hold, []) => unshare(CloneFlags::CLONE_NEWPID)
+            (Order::Users(mappings), [until]) => {
+                let wait = || {
+                    // Until its other end is closed.
+                    let _ = nix::unistd::read(until, &mut [0]);
+                    String::new()
+                };
+                branch_with(CLONE_NEWUSER, None, &report, &[], wait)
+                    .and_then(|pid| mappings.write(pid).map(|()| pid))
+                    .and_then(|pid| (&report).write_all(format!("pid {pid}\n").as_bytes()))
+            }
+            (Order::Hold { users: Some(mappings) }, [namespace]) => {
+                let hold = || hold::hold_among(namespace.as_fd(), *mappings, &report);
+                branch(None, &report, &[], hold).map(drop)
+            }
+            (Order::Hold { users: None }, []) => unshare(CloneFlags::CLONE_NEWPID)
                 .map_err(io::Error::from)
                 .and_then(|()| {
-                    let made = branch(None, &report, &[], || error_line(&hold::hold()));
+                    let made = branch(None, &report, &[], || error_line(&hold::hold_for_all()));
                     setns(&own, CloneFlags::CLONE_NEWPID)?;
                     made
                 })
@@ -184,7 +206,18 @@ fn receive(socket: &OwnedFd) -> io::Result<Option<(Order, Vec<OwnedFd>)>> {
 }
 
 /// Forks a process into `cgroup`; it does `work` with these streams, reports what that returns and ends. Answers its pid.
-fn branch(
+pub(super) fn branch(
+    cgroup: Option<BorrowedFd<'_>>,
+    report: &std::fs::File,
+    stdio: &[&OwnedFd],
+    work: impl FnOnce() -> String,
+) -> io::Result<libc::pid_t> {
+    branch_with(0, cgroup, report, stdio, work)
+}
+
+/// The same, in the new namespaces that the flags of clone(2) name.
+fn branch_with(
+    namespaces: u64,
     cgroup: Option<BorrowedFd<'_>>,
     report: &std::fs::File,
     stdio: &[&OwnedFd],
@@ -192,7 +225,7 @@ fn branch(
 ) -> io::Result<libc::pid_t> {
     let into_cgroup = if cgroup.is_some() { CLONE_INTO_CGROUP } else { 0 };
     let arguments = CloneArguments {
-        flags: into_cgroup | CLONE_PARENT,
+        flags: namespaces | into_cgroup | CLONE_PARENT,
         cgroup: cgroup
             .and_then(|cgroup| u64::try_from(cgroup.as_raw_fd()).ok())
             .unwrap_or_default(),
@@ -237,4 +270,5 @@ struct CloneArguments {
 }
 
 const CLONE_PARENT: u64 = 0x8000;
+const CLONE_NEWUSER: u64 = 0x1000_0000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
