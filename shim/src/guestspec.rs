@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use coreos_kvm_proto::SHARED_MOUNT;
 use oci_spec::runtime::{LinuxCpu, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Spec};
 
-use crate::error::ShimError;
+use crate::{error::ShimError, userns::UserNamespace};
 
 /// Where the guest has the /dev/shm of the pod.
 const GUEST_SHM: &str = "/run/coreos-kvm/shm";
@@ -20,6 +20,16 @@ pub(crate) struct Volume {
     pub(crate) access: Access,
     /// Whether what is mounted below it is part of it.
     pub(crate) below: Below,
+    pub(crate) owners: Owners,
+}
+
+/// Whose the files of a volume are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Owners {
+    /// Those whose they are on the host.
+    Same,
+    /// Those whose they would be in this user namespace, and so with what is mounted below the volume, or not.
+    Mapped { users: UserNamespace, below: bool },
 }
 
 /// What of the mounts below a volume the guest sees.
@@ -65,6 +75,10 @@ const PROPAGATION: [&str; 8] = [
     "runbindable",
 ];
 
+/// Options about owners, which a volume has when it comes to the guest: OCI runtime specification, "Linux mount options".
+const OWNERS: [&str; 2] = ["idmap", RECURSIVE_OWNERS];
+const RECURSIVE_OWNERS: &str = "ridmap";
+
 /// Those with which the container is to see what is mounted on the host later.
 const FROM_THE_HOST: [&str; 4] = ["shared", "rshared", "slave", "rslave"];
 
@@ -82,7 +96,7 @@ pub(crate) fn of(id: &str, mut spec: Spec, has_mounts_below: impl Fn(&Path) -> b
         let mounts = mounts
             .into_iter()
             .map(|mount| adapt_mount(mount, &there, &mut volumes, &has_mounts_below));
-        spec.set_mounts(Some(mounts.collect()));
+        spec.set_mounts(Some(mounts.collect::<Result<_, _>>()?));
     }
     if let Some(mut linux) = spec.linux().clone() {
         let mut kept = Vec::new();
@@ -90,13 +104,8 @@ pub(crate) fn of(id: &str, mut spec: Spec, has_mounts_below: impl Fn(&Path) -> b
             match (namespace.typ(), namespace.path()) {
                 // The guest's are the pod's.
                 (LinuxNamespaceType::Network | LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, _) => {}
-                (LinuxNamespaceType::User, _) => {
-                    return Err(ShimError::InvalidArgument(
-                        "user namespaces of the host mean nothing in a machine: remove `hostUsers: false`".to_owned(),
-                    ));
-                }
-                // The guest has others, see `shares_processes`.
-                (LinuxNamespaceType::Pid, _) => kept.push(namespace_of_its_own(&namespace)),
+                // The guest has others, see `shares_processes` and `userns`.
+                (LinuxNamespaceType::Pid | LinuxNamespaceType::User, _) => kept.push(namespace_of_its_own(&namespace)),
                 (_, Some(path)) => {
                     return Err(ShimError::InvalidArgument(format!(
                         "the namespace {} is the host's and cannot be entered from a machine",
@@ -107,6 +116,7 @@ pub(crate) fn of(id: &str, mut spec: Spec, has_mounts_below: impl Fn(&Path) -> b
             }
         }
         linux.set_namespaces(Some(kept));
+        // The guest knows the pod's.
         linux.set_uid_mappings(None).set_gid_mappings(None);
         // Numbers of the host's devices are those of others in the guest. The usual ones are made without being named.
         linux.set_devices(None);
@@ -127,9 +137,18 @@ pub(crate) fn of(id: &str, mut spec: Spec, has_mounts_below: impl Fn(&Path) -> b
 /// Whether the container is to be in the process namespace of others. The path is no help in finding out whose: to the host all
 /// processes of the pod are QEMU.
 pub(crate) fn shares_processes(spec: &Spec) -> bool {
+    process_namespace(spec).is_some_and(|namespace| namespace.path().is_some())
+}
+
+/// Whether the container sees the guest's processes.
+pub(crate) fn sees_all_processes(spec: &Spec) -> bool {
+    process_namespace(spec).is_none()
+}
+
+fn process_namespace(spec: &Spec) -> Option<&LinuxNamespace> {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     let mut namespaces = namespaces.into_iter().flatten();
-    namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_some())
+    namespaces.find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
 }
 
 /// Has the container see the guest's processes, which are to it the node's.
@@ -155,17 +174,23 @@ fn adapt_mount(
     there: &Path,
     volumes: &mut Vec<Volume>,
     has_mounts_below: impl Fn(&Path) -> bool,
-) -> Mount {
+) -> Result<Mount, ShimError> {
     let options = mount.options().clone().unwrap_or_default();
     let is_bind =
         mount.typ().as_deref() == Some("bind") || options.iter().any(|option| option == "bind" || option == "rbind");
+    let users = UserNamespace::of_mount(&mount, is_bind)?;
     let Some(source) = mount.source().clone().filter(|_| is_bind) else {
-        return mount;
+        return Ok(mount);
     };
+    mount.set_uid_mappings(None).set_gid_mappings(None);
+    let owners = users.map_or(Owners::Same, |users| Owners::Mapped {
+        users,
+        below: options.iter().any(|option| option == RECURSIVE_OWNERS),
+    });
     let later = options.iter().any(|option| FROM_THE_HOST.contains(&option.as_str()));
     let mut options = options
         .into_iter()
-        .filter(|option| !PROPAGATION.contains(&option.as_str()))
+        .filter(|option| !PROPAGATION.contains(&option.as_str()) && !OWNERS.contains(&option.as_str()))
         .collect::<Vec<_>>();
     if mount.destination() == Path::new("/dev/shm") {
         mount.set_source(Some(GUEST_SHM.into()));
@@ -193,10 +218,11 @@ fn adapt_mount(
             name,
             access,
             below,
+            owners,
         });
     }
     mount.set_options(Some(options));
-    mount
+    Ok(mount)
 }
 
 /// Limits that mean the same inside: time, memory, processes. Processors and devices by number are the host's, and what
@@ -279,6 +305,7 @@ mod tests {
             name: name.to_owned(),
             access,
             below: Below::Now,
+            owners: Owners::Same,
         };
         assert_eq!(
             volumes,
@@ -382,14 +409,58 @@ mod tests {
 
     #[test]
     fn namespaces_of_the_host_are_refused() {
-        for (namespace, word) in [
-            (json!({"type": "user"}), "hostUsers"),
-            (json!({"type": "mount", "path": "/proc/1/ns/mnt"}), "/proc/1/ns/mnt"),
-        ] {
+        let mut host = host();
+        host["linux"]["namespaces"] = json!([{"type": "mount", "path": "/proc/1/ns/mnt"}]);
+        let error = inside(host).unwrap_err().to_string();
+        assert!(error.contains("/proc/1/ns/mnt"), "{error}");
+    }
+
+    #[test]
+    fn a_user_namespace_is_the_guests_to_make() {
+        let mut host = host();
+        let line = json!([{"containerID": 0, "hostID": 65536, "size": 65536}]);
+        host["linux"]["namespaces"] = json!([{"type": "user", "path": "/proc/4321/ns/user"}]);
+        host["linux"]["uidMappings"] = line.clone();
+        host["linux"]["gidMappings"] = line;
+        let (spec, _) = inside(host).unwrap();
+        assert_eq!(spec["linux"]["namespaces"], json!([{"type": "user"}]));
+        assert_eq!(
+            (spec["linux"].get("uidMappings"), spec["linux"].get("gidMappings")),
+            (None, None)
+        );
+    }
+
+    #[test]
+    fn the_owners_of_a_volume_are_mapped_on_the_host() {
+        let with = |options: &[&str]| {
             let mut host = host();
-            host["linux"]["namespaces"] = json!([namespace]);
-            let error = inside(host).unwrap_err().to_string();
-            assert!(error.contains(word), "{error}");
+            host["mounts"] = json!([{
+                "destination": "/mnt", "type": "bind", "source": "/srv", "options": options,
+                "uidMappings": [{"containerID": 0, "hostID": 65536, "size": 65536}],
+                "gidMappings": [{"containerID": 0, "hostID": 131_072, "size": 65536}],
+            }]);
+            let (mut spec, volumes) = inside(host).unwrap();
+            (spec["mounts"][0].take(), volumes[0].owners)
+        };
+        let mapped = |below| Owners::Mapped {
+            users: crate::userns::tests::USERS,
+            below,
+        };
+        for (options, below) in [
+            (["rbind", "rw"], false),
+            (["rbind", "idmap"], false),
+            (["rbind", "ridmap"], true),
+        ] {
+            let (mount, owners) = with(&options);
+            assert_eq!(owners, mapped(below));
+            assert_eq!((mount.get("uidMappings"), mount.get("gidMappings")), (None, None));
+            assert!(!mount["options"].to_string().contains("idmap"), "{mount}");
         }
+        let mut host = host();
+        host["mounts"] = json!([{
+            "destination": "/tmp", "type": "tmpfs", "source": "tmpfs",
+            "uidMappings": [{"containerID": 0, "hostID": 65536, "size": 65536}],
+        }]);
+        assert!(inside(host).unwrap_err().to_string().contains("/tmp"));
     }
 }

@@ -24,6 +24,7 @@ mod events;
 mod facts;
 mod guestspec;
 mod hypervisor;
+mod idmap;
 mod info;
 mod limits;
 mod logging;
@@ -41,6 +42,7 @@ mod service;
 mod streams;
 #[cfg(test)]
 mod tests;
+mod userns;
 mod volume;
 
 const USAGE: &str = "containerd starts this program; an admin names it in containerd's configuration:

@@ -33,6 +33,7 @@ use crate::{
     portforward,
     process::{Exit, KILLED},
     streams::Stdio,
+    userns::{self, UserNamespace},
 };
 
 /// Pause between two looks at whether containerd still has a pod that has not begun.
@@ -65,6 +66,8 @@ struct Contents {
     size_is_named: bool,
     /// What containers get of the pod, where containerd does not see to that.
     files: Option<WrittenFiles>,
+    /// The user namespace that its containers are in.
+    users: Option<UserNamespace>,
 }
 
 /// A machine that containerd wants to have for a pod, by whichever API.
@@ -216,6 +219,7 @@ impl Pod {
         }
         let mut spec = bundle::spec(Path::new(&request.bundle))?;
         let role = podspec::role(&spec);
+        let users = UserNamespace::of_oci(&spec)?;
         let processes = match (guestspec::shares_processes(&spec), role) {
             (false, _) => Processes::Own,
             (true, Role::Member) => match self.shared_processes(&request.id).await? {
@@ -232,9 +236,13 @@ impl Pod {
                 ));
             }
         };
+        if users.is_some() && guestspec::sees_all_processes(&spec) {
+            return Err(userns::among_the_nodes_processes());
+        }
         let machine = match role {
             Role::Member => {
                 let machine = self.running_machine().await?;
+                userns::expect_same(self.contents().users, users)?;
                 self.make_room(&request.id, &spec, &machine).await;
                 if let Some(files) = &self.contents().files {
                     files.add_to(&mut spec);
@@ -373,6 +381,7 @@ impl Pod {
         contents.guest_memory_overhead_mib = config.guest_memory_overhead_mib;
         contents.size_is_named = pod.names_size();
         contents.files = files;
+        contents.users = pod.users;
         Ok(machine)
     }
 

@@ -11,7 +11,10 @@ use std::{
 use k8s_cri::v1::PodSandboxConfig;
 use oci_spec::runtime::{Mount, Spec};
 
-use crate::error::{ShimError, sentence};
+use crate::{
+    error::{ShimError, sentence},
+    userns::UserNamespace,
+};
 
 const SHM: &str = "/dev/shm";
 
@@ -22,16 +25,21 @@ pub(crate) struct PodFiles {
     hostname: Option<String>,
     /// None: the node's.
     resolv_conf: Option<String>,
+    /// In which they belong to root; None: the node's.
+    users: Option<UserNamespace>,
 }
 
 /// The files of one pod, as they are on the node, by the names under which its containers find them.
 #[derive(Debug, Clone)]
-pub(crate) struct WrittenFiles(Vec<(&'static str, PathBuf)>);
+pub(crate) struct WrittenFiles {
+    files: Vec<(&'static str, PathBuf)>,
+    users: Option<UserNamespace>,
+}
 
 impl PodFiles {
     /// # Errors
     /// When what is to be a server's or a domain's name is no single word.
-    pub(crate) fn of(config: &PodSandboxConfig) -> Result<Self, ShimError> {
+    pub(crate) fn of(config: &PodSandboxConfig, users: Option<UserNamespace>) -> Result<Self, ShimError> {
         let mut resolv_conf = None;
         if let Some(dns) = &config.dns_config {
             let words = |words: &[String]| match words.iter().find(|word| !is_word(word)) {
@@ -58,6 +66,7 @@ impl PodFiles {
                 .filter(|name| !name.is_empty())
                 .map(|name| format!("{name}\n")),
             resolv_conf,
+            users,
         })
     }
 
@@ -87,7 +96,10 @@ impl PodFiles {
             write_anew(&path, &content).map_err(ShimError::while_doing(writing()))?;
             written.push((name, path));
         }
-        Ok(WrittenFiles(written))
+        Ok(WrittenFiles {
+            files: written,
+            users: self.users,
+        })
     }
 }
 
@@ -97,11 +109,14 @@ impl WrittenFiles {
         let read_only = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
         let access = if read_only { "ro" } else { "rw" };
         let mut mounts = spec.mounts().clone().unwrap_or_default();
-        for (name, path) in &self.0 {
+        for (name, path) in &self.files {
             if mounts.iter().all(|mount| mount.destination() != Path::new(name)) {
                 let mut mount = Mount::default();
                 mount.set_destination(name.into());
                 set_bind(&mut mount, path, access);
+                if let Some([uids, gids]) = self.users.map(UserNamespace::lists) {
+                    mount.set_uid_mappings(Some(uids)).set_gid_mappings(Some(gids));
+                }
                 mounts.push(mount);
             }
         }
@@ -159,7 +174,7 @@ mod tests {
             dns_config: dns,
             ..Default::default()
         };
-        PodFiles::of(&config).unwrap()
+        PodFiles::of(&config, None).unwrap()
     }
 
     #[test]
@@ -212,5 +227,20 @@ mod tests {
         assert_eq!(added(json!([hosts]), true)[1], of_pod("hostname", "ro"));
         let volume = json!({"destination": "/dev/shm", "type": "bind", "source": "/var/lib/kubelet/volume"});
         assert_eq!(added(json!([volume]), false)[0], volume);
+    }
+
+    #[test]
+    fn they_belong_to_the_root_of_the_pods_users() {
+        let root = tempfile::tempdir().unwrap();
+        let mut files = files(Some(DnsConfig::default()));
+        files.users = Some(crate::userns::tests::USERS);
+        let written = files.write(root.path()).unwrap();
+        let mut spec = serde_json::from_value(json!({"ociVersion": "1.0.2", "mounts": []})).unwrap();
+        written.add_to(&mut spec);
+        let mounts = serde_json::to_value(spec).unwrap()["mounts"].take();
+        for mount in mounts.as_array().unwrap() {
+            assert_eq!(mount["uidMappings"][0]["hostID"], 65536);
+            assert_eq!(mount["gidMappings"][0]["hostID"], 131_072);
+        }
     }
 }

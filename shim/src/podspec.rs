@@ -19,6 +19,7 @@ use crate::{
     error::ShimError,
     limits::{self, Limits},
     podfiles::PodFiles,
+    userns::UserNamespace,
     volume::VolumeFile,
 };
 
@@ -27,6 +28,13 @@ mod oci;
 
 pub(crate) use cri::sandbox_config;
 pub(crate) use oci::{Role, role, sandbox_id};
+
+/// What the root of a pod in a user namespace of its own lacks over the network, which is the guest's: ports below 1024, and echo
+/// requests (ip(7), icmp(7)). Whoever may have neither is named by the pod's own sysctls.
+const SYSCTLS_OF_USERS: [(&str, &str); 2] = [
+    ("net.ipv4.ip_unprivileged_port_start", "0"),
+    ("net.ipv4.ping_group_range", "0 2147483647"),
+];
 
 /// Prefix of the annotations by which a pod describes its machine.
 const PREFIX: &str = "coreos-kvm.io/";
@@ -47,6 +55,8 @@ pub(crate) struct PodSpec {
     cgroups_path: Option<String>,
     network: Network,
     sysctls: HashMap<String, String>,
+    /// That of all its containers; None: the guest's.
+    pub(crate) users: Option<UserNamespace>,
     /// None where containerd has to be asked.
     pub(crate) ports: Option<Vec<Port>>,
     /// None where containerd makes them.
@@ -106,12 +116,19 @@ impl PodSpec {
 
     /// What makes the guest this pod's.
     pub(crate) fn identity(&self) -> ConfigureSandboxRequest {
+        let mut sysctls = self.sysctls.clone();
+        if self.users.is_some() {
+            for (name, value) in SYSCTLS_OF_USERS {
+                sysctls.entry(name.to_owned()).or_insert_with(|| value.to_owned());
+            }
+        }
         ConfigureSandboxRequest {
             sandbox_id: self.id.clone(),
             hostname: self.hostname.clone().unwrap_or_default(),
             shared_tag: SHARED_TAG.to_owned(),
             shm_size: 0,
-            sysctls: self.sysctls.clone(),
+            sysctls,
+            users: self.users.map(UserNamespace::message).into(),
             ..Default::default()
         }
     }
@@ -442,5 +459,19 @@ pub(crate) mod tests {
         let request = pod(json!({})).identity();
         assert_eq!(request.hostname, "web-0");
         assert_eq!(request.sysctls["net.ipv4.ip_unprivileged_port_start"], "0");
+        assert!(request.users.is_none() && request.sysctls.len() == 1);
+    }
+
+    #[test]
+    fn the_guest_is_told_of_the_pods_users_and_lets_them_have_the_pods_ports() {
+        let mut pod = pod(json!({}));
+        pod.users = Some(crate::userns::tests::USERS);
+        pod.sysctls = [("net.ipv4.ip_unprivileged_port_start".to_owned(), "80".to_owned())].into();
+        let request = pod.identity();
+        let told = |mapping: &coreos_kvm_proto::agent::IdMapping| (mapping.inside, mapping.outside, mapping.length);
+        assert_eq!(told(&request.users.uids), (0, 65536, 65536));
+        assert_eq!(told(&request.users.gids), (0, 131_072, 65536));
+        assert_eq!(request.sysctls["net.ipv4.ip_unprivileged_port_start"], "80");
+        assert_eq!(request.sysctls["net.ipv4.ping_group_range"], "0 2147483647");
     }
 }

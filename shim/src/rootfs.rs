@@ -4,7 +4,7 @@ use std::{
     fs::{DirBuilder, File},
     io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::DirBuilderExt,
     },
     path::{Path, PathBuf},
@@ -17,12 +17,13 @@ use nix::mount::{MntFlags, umount2};
 use oci_spec::runtime::Spec;
 use rustix::{
     fs::CWD,
-    mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
+    mount::{OpenTreeFlags, open_tree},
 };
 
 use crate::{
     error::ShimError,
-    guestspec::{self, Access, Below, ROOTFS, Volume},
+    guestspec::{self, Access, Below, Owners, ROOTFS, Volume},
+    idmap::{self, Files, Mappings},
 };
 
 /// The two sides of the directory that pod and guest share: the guest can write to neither, only to what is mounted there.
@@ -71,24 +72,32 @@ impl ContainerFiles {
             shared: share.shared.join(id),
             mounted: Vec::new(),
         };
+        let mut mappings = Mappings::default();
         make_directory(&files.points, 0o755)?;
-        files.mount_root(rootfs, root)?;
+        files.mount_root(rootfs, root, &mut mappings)?;
         for volume in volumes {
-            files.mount_volume(volume)?;
+            files.mount_volume(volume, &mut mappings)?;
         }
         Ok(files)
     }
 
-    fn mount_root(&mut self, rootfs: &[Mount], root: &Path) -> Result<(), ShimError> {
-        make_directory(&self.points.join(ROOTFS), 0o755)?;
+    fn mount_root(&mut self, rootfs: &[Mount], root: &Path, mappings: &mut Mappings) -> Result<(), ShimError> {
+        let point = self.points.join(ROOTFS);
+        make_directory(&point, 0o755)?;
         let target = self.shared.join(ROOTFS);
         if rootfs.is_empty() {
-            bind(root, &target, Access::Write, Below::Now)
+            bind(root, &target, Access::Write, Below::Now, None)
                 .map_err(ShimError::while_doing(format!("sharing {}", root.display())))?;
             self.mounted.push(target);
             return Ok(());
         }
         for mount in rootfs {
+            if let Some(tree) = idmap::root(mount, &point, mappings)? {
+                let mounting = "mounting the container's root file system";
+                idmap::attach(&tree, &target).map_err(ShimError::while_doing(mounting))?;
+                self.mounted.push(target.clone());
+                continue;
+            }
             let kind = Some(mount.type_.as_str()).filter(|kind| !kind.is_empty());
             mount_rootfs(kind, Some(&mount.source), &mount.options, &target)
                 .map_err(|error| ShimError::Internal(format!("mounting the container's root file system: {error}")))?;
@@ -97,7 +106,7 @@ impl ContainerFiles {
         Ok(())
     }
 
-    fn mount_volume(&mut self, volume: &Volume) -> Result<(), ShimError> {
+    fn mount_volume(&mut self, volume: &Volume, mappings: &mut Mappings) -> Result<(), ShimError> {
         let point = self.points.join(&volume.name);
         if let Some(parent) = point.parent() {
             make_directory(parent, 0o755)?;
@@ -112,7 +121,15 @@ impl ContainerFiles {
             File::create(&point).map_err(ShimError::while_doing(format!("making {}", point.display())))?;
         }
         let target = self.shared.join(&volume.name);
-        bind(&volume.source, &target, volume.access, volume.below).map_err(ShimError::while_doing(sharing()))?;
+        let owners = match volume.owners {
+            Owners::Same => None,
+            Owners::Mapped { users, below } => {
+                let namespace = mappings.namespace(users, Files::Served);
+                Some((namespace.map_err(ShimError::while_doing(sharing()))?, below))
+            }
+        };
+        bind(&volume.source, &target, volume.access, volume.below, owners)
+            .map_err(ShimError::while_doing(sharing()))?;
         self.mounted.push(target);
         Ok(())
     }
@@ -152,9 +169,15 @@ impl Drop for ContainerFiles {
 }
 
 /// Binds `source`, with as much of what is mounted below it as is to be seen, to `target`; it never shows there writable if it is not
-/// to be. Nothing that becomes of the copy comes back to the source: an unmount of it would else be one of the host's own mounts
-/// (mount_namespaces(7), "Shared subtrees").
-fn bind(source: &Path, target: &Path, access: Access, below: Below) -> io::Result<()> {
+/// to be, nor with its own owners if those of a user namespace are to be seen: at the source alone, or also below it. Nothing that becomes
+/// of the copy comes back to the source: an unmount of it would else be one of the host's own mounts (mount_namespaces(7), "Shared subtrees").
+fn bind(
+    source: &Path,
+    target: &Path,
+    access: Access,
+    below: Below,
+    owners: Option<(BorrowedFd<'_>, bool)>,
+) -> io::Result<()> {
     let recursive = match below {
         Below::Nothing => OpenTreeFlags::empty(),
         Below::Now | Below::Always => OpenTreeFlags::AT_RECURSIVE,
@@ -165,32 +188,71 @@ fn bind(source: &Path, target: &Path, access: Access, below: Below) -> io::Resul
         Below::Always => libc::MS_SLAVE,
         Below::Nothing | Below::Now => libc::MS_PRIVATE,
     };
-    set_attributes(&tree, libc::AT_RECURSIVE, 0, propagation)?;
+    set_attributes(&tree, libc::AT_RECURSIVE, Attributes::propagation(propagation))?;
+    if let Some((users, below)) = owners {
+        let recursive = if below { libc::AT_RECURSIVE } else { 0 };
+        set_attributes(&tree, recursive, Attributes::owners(users)).map_err(|error| match error.raw_os_error() {
+            Some(libc::EINVAL) => io::Error::other(format!(
+                "the file system of {} cannot show other owners, which a pod with a user namespace needs",
+                source.display()
+            )),
+            _ => error,
+        })?;
+    }
     match access {
         Access::Write => {}
-        Access::Read => set_attributes(&tree, 0, libc::MOUNT_ATTR_RDONLY, 0)?,
-        Access::ReadAll => set_attributes(&tree, libc::AT_RECURSIVE, libc::MOUNT_ATTR_RDONLY, 0)?,
+        Access::Read => set_attributes(&tree, 0, Attributes::READ_ONLY)?,
+        Access::ReadAll => set_attributes(&tree, libc::AT_RECURSIVE, Attributes::READ_ONLY)?,
     }
-    Ok(move_mount(
-        tree.as_fd(),
-        "",
-        CWD,
-        target,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )?)
+    idmap::attach(&tree, target)
 }
 
-/// Sets attributes and, unless 0, the propagation of a detached tree, with AT_RECURSIVE of all its mounts: mount_setattr(2), which
-/// neither rustix nor nix has.
-fn set_attributes(tree: &OwnedFd, recursive: libc::c_int, set: u64, propagation: libc::c_ulong) -> io::Result<()> {
+/// What a mount is to have: `struct mount_attr` of mount_setattr(2).
+#[derive(Clone, Copy)]
+pub(crate) struct Attributes<'a> {
+    set: u64,
+    propagation: libc::c_ulong,
+    owners: Option<BorrowedFd<'a>>,
+}
+
+impl<'a> Attributes<'a> {
+    const READ_ONLY: Self = Self {
+        set: libc::MOUNT_ATTR_RDONLY,
+        propagation: 0,
+        owners: None,
+    };
+
+    fn propagation(propagation: libc::c_ulong) -> Self {
+        Self {
+            set: 0,
+            propagation,
+            owners: None,
+        }
+    }
+
+    /// Files belong to who they would belong to in this user namespace.
+    pub(crate) fn owners(users: BorrowedFd<'a>) -> Self {
+        Self {
+            set: libc::MOUNT_ATTR_IDMAP,
+            propagation: 0,
+            owners: Some(users),
+        }
+    }
+}
+
+/// Sets attributes of a detached tree, with AT_RECURSIVE of all its mounts: mount_setattr(2), which neither rustix nor nix has.
+pub(crate) fn set_attributes(tree: &OwnedFd, recursive: libc::c_int, attributes: Attributes<'_>) -> io::Result<()> {
+    let users = attributes
+        .owners
+        .map_or(Ok(0), |users| u64::try_from(users.as_raw_fd()));
     let attributes = libc::mount_attr {
-        attr_set: set,
+        attr_set: attributes.set,
         attr_clr: 0,
-        propagation,
-        userns_fd: 0,
+        propagation: attributes.propagation,
+        userns_fd: users.map_err(io::Error::other)?,
     };
     let flags = libc::AT_EMPTY_PATH | recursive;
-    // SAFETY: the descriptor is open, the path is an empty C string, and the structure is as long as the size says.
+    // SAFETY: the descriptors are open, the path is an empty C string, and the structure is as long as the size says.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
@@ -256,12 +318,15 @@ fn remove_mount_points(directory: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{MetadataExt, chown};
+
     use nix::{
         mount::{MsFlags, mount},
         sched::{CloneFlags, unshare},
     };
 
     use super::*;
+    use crate::userns::tests::USERS;
 
     #[test]
     fn mounts_are_found_below_a_path_but_not_at_it() {
@@ -279,6 +344,46 @@ mod tests {
         let there = tempfile::tempdir().unwrap();
         let root = there.path().to_owned();
         std::thread::spawn(move || copies(&root)).join().unwrap();
+    }
+
+    /// The same.
+    #[test]
+    fn the_owners_of_a_volume_are_others_and_its_own_on_the_host() {
+        let there = tempfile::tempdir().unwrap();
+        let root = there.path().to_owned();
+        std::thread::spawn(move || owners(&root)).join().unwrap();
+    }
+
+    fn owners(root: &Path) {
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        let folder = |name: &str| {
+            let path = root.join(name);
+            std::fs::create_dir(&path).unwrap();
+            path
+        };
+        let (source, all, top) = (folder("source"), folder("all"), folder("top"));
+        let below = folder("source/below");
+        mount(Some("none"), &below, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        std::fs::write(source.join("file"), "").unwrap();
+        chown(source.join("file"), Some(33), Some(44)).unwrap();
+        let mut mappings = Mappings::default();
+        let users = mappings.namespace(USERS, Files::Served).unwrap();
+        bind(&source, &all, Access::Write, Below::Now, Some((users, true))).unwrap();
+        bind(&source, &top, Access::Write, Below::Now, Some((users, false))).unwrap();
+
+        let owner = |path: PathBuf| std::fs::metadata(path).map(|file| (file.uid(), file.gid())).unwrap();
+        assert_eq!(owner(all.join("file")), (65536 + 33, 131_072 + 44));
+        assert_eq!(owner(all.join("below")), (65536, 131_072));
+        assert_eq!(owner(top.join("below")), (0, 0));
+        chown(all.join("file"), Some(65536 + 1), Some(131_072 + 2)).unwrap();
+        assert_eq!(owner(source.join("file")), (1, 2));
+        // Who serves the files does this as root, and is not the host's.
+        std::fs::rename(all.join("file"), all.join("renamed")).unwrap();
+        std::fs::hard_link(all.join("renamed"), all.join("linked")).unwrap();
+        std::fs::write(all.join("by-root"), "").unwrap();
+        assert_eq!(owner(source.join("by-root")), (65536, 131_072));
     }
 
     fn copies(root: &Path) {
@@ -299,7 +404,7 @@ mod tests {
         let bound = |name: &str, access, below| {
             let target = shared.join(name);
             std::fs::create_dir(&target).unwrap();
-            bind(&source, &target, access, below).unwrap();
+            bind(&source, &target, access, below, None).unwrap();
             target
         };
         let all = bound("all", Access::ReadAll, Below::Now);

@@ -3,11 +3,17 @@
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use coreos_kvm_launcher::machine::Network;
-use k8s_cri::v1::{PodSandboxConfig, PortMapping};
+use k8s_cri::v1::{NamespaceMode, PodSandboxConfig, PortMapping};
 use prost::Message;
 
 use super::{PodSpec, own_annotations};
-use crate::{containerd::Port, error::ShimError, limits::Limits, podfiles::PodFiles};
+use crate::{
+    containerd::Port,
+    error::ShimError,
+    limits::Limits,
+    podfiles::PodFiles,
+    userns::{self, UserNamespace},
+};
 
 /// Its name, by which containerd marks it (`runtime.v1` of `cri-api`).
 const TYPE: &str = "runtime.v1.PodSandboxConfig";
@@ -38,13 +44,19 @@ impl PodSpec {
     /// The pod whose sandbox is `id`, in the network namespace that the CNI has furnished for it.
     ///
     /// # Errors
-    /// When it is to be on the node's own network, or has names of servers that are none.
+    /// When it is to be on the node's own network or in a user namespace that cannot be, or has names of servers that are none.
     pub(crate) fn of_cri(id: &str, config: &PodSandboxConfig, netns: &str) -> Result<Self, ShimError> {
         if netns.is_empty() {
             return Err(super::of_the_node());
         }
         let linux = config.linux.clone().unwrap_or_default();
         let resources = linux.resources.unwrap_or_default();
+        let namespaces = linux.security_context.and_then(|context| context.namespace_options);
+        let users = namespaces.as_ref().and_then(|options| options.userns_options.as_ref());
+        let users = UserNamespace::of_cri(users)?;
+        if users.is_some() && namespaces.is_some_and(|options| options.pid() == NamespaceMode::Node) {
+            return Err(userns::among_the_nodes_processes());
+        }
         let mut sysctls = linux.sysctls;
         for (name, value) in SYSCTLS {
             sysctls.entry(name.to_owned()).or_insert_with(|| value.to_owned());
@@ -66,7 +78,8 @@ impl PodSpec {
             },
             sysctls,
             ports: Some(config.port_mappings.iter().map(port).collect()),
-            files: Some(PodFiles::of(config)?),
+            files: Some(PodFiles::of(config, users)?),
+            users,
         })
     }
 }
@@ -96,7 +109,10 @@ fn port(mapping: &PortMapping) -> Port {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use k8s_cri::v1::{DnsConfig, LinuxContainerResources, LinuxPodSandboxConfig, PodSandboxMetadata};
+    use k8s_cri::v1::{
+        DnsConfig, IdMapping, LinuxContainerResources, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+        NamespaceOption, PodSandboxMetadata,
+    };
     use rstest::rstest;
     use serde_json::json;
 
@@ -174,6 +190,38 @@ pub(crate) mod tests {
         let pod = PodSpec::of_cri("abc", &config, NETNS).unwrap();
         assert_eq!((pod.uid.as_str(), pod.limits), ("a-uid", Limits::default()));
         assert!(pod.annotations.is_empty());
+    }
+
+    #[test]
+    fn a_pod_may_be_in_a_user_namespace_and_then_not_among_the_nodes_processes() {
+        let mut config = config();
+        let line = |host_id| {
+            vec![IdMapping {
+                host_id,
+                container_id: 0,
+                length: 65536,
+            }]
+        };
+        let mut options = NamespaceOption {
+            pid: NamespaceMode::Container.into(),
+            userns_options: Some(k8s_cri::v1::UserNamespace {
+                mode: NamespaceMode::Pod.into(),
+                uids: line(65536),
+                gids: line(131_072),
+            }),
+            ..Default::default()
+        };
+        let mut pod = |options: &NamespaceOption| {
+            config.linux.as_mut().unwrap().security_context = Some(LinuxSandboxSecurityContext {
+                namespace_options: Some(options.clone()),
+                ..Default::default()
+            });
+            PodSpec::of_cri("abc", &config, NETNS)
+        };
+        assert_eq!(pod(&options).unwrap().users, Some(crate::userns::tests::USERS));
+        options.pid = NamespaceMode::Node.into();
+        let error = pod(&options).unwrap_err().to_string();
+        assert!(error.contains("remove hostPID"), "{error}");
     }
 
     #[test]

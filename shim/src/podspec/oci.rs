@@ -5,7 +5,7 @@ use coreos_kvm_launcher::machine::Network;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::{PodSpec, own_annotations};
-use crate::{error::ShimError, limits::Limits};
+use crate::{error::ShimError, limits::Limits, userns::UserNamespace};
 
 /// What the CRI plugin writes; `pkg/cri/annotations` in containerd's tree.
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
@@ -48,7 +48,7 @@ impl PodSpec {
     /// The pod whose sandbox, or only container, is `id`.
     ///
     /// # Errors
-    /// When it is to be on the node's own network.
+    /// When it is to be on the node's own network, or in a user namespace that cannot be.
     pub(crate) fn of_oci(id: &str, spec: &Spec) -> Result<Self, ShimError> {
         let linux = spec.linux().as_ref();
         let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
@@ -67,6 +67,7 @@ impl PodSpec {
             cgroups_path: cgroups_path.map(|path| path.to_string_lossy().into_owned()),
             network: network(spec)?,
             sysctls: linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
+            users: UserNamespace::of_oci(spec)?,
             ports: None,
             files: None,
         })
@@ -74,6 +75,10 @@ impl PodSpec {
 }
 
 /// The network namespace that the CNI has furnished for the pod; a namespace without a path is a new and empty one.
+///
+/// A sandbox with such a one is containerd 1.7's way to a pod in a user namespace: it takes the namespace of the sandbox's process for the
+/// pod's, and has the CNI furnish it then (`internal/cri: simplify netns setup with pinned userns`, containerd's pull request 10607). That
+/// process is QEMU, in the node's own network.
 fn network(spec: &Spec) -> Result<Network, ShimError> {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     let network = namespaces
@@ -85,6 +90,11 @@ fn network(spec: &Spec) -> Result<Network, ShimError> {
             netns: netns.clone(),
             redirects: Vec::new(),
         }),
+        Some(None) if role(spec) == Role::Sandbox => Err(ShimError::InvalidArgument(
+            "the pod's machine is to run before its network is there, as containerd 1.7 has it for a pod in a user namespace: \
+             take containerd 2.0 or later, or remove `hostUsers: false`"
+                .to_owned(),
+        )),
         Some(None) => Ok(Network::None),
         None => Err(super::of_the_node()),
     }
@@ -96,6 +106,17 @@ mod tests {
 
     use super::*;
     use crate::podspec::tests::spec;
+
+    #[test]
+    fn a_network_that_is_there_only_later_is_refused() {
+        let mut text = serde_json::to_value(spec(json!({CONTAINER_TYPE: "sandbox"}))).unwrap();
+        text["linux"]["namespaces"] = json!([{"type": "network"}]);
+        let of_oci = |text: &serde_json::Value| PodSpec::of_oci("abc", &serde_json::from_value(text.clone()).unwrap());
+        let error = of_oci(&text).unwrap_err().to_string();
+        assert!(error.contains("containerd 2.0"), "{error}");
+        text["annotations"] = json!({});
+        assert_eq!(of_oci(&text).unwrap().network, Network::None);
+    }
 
     #[test]
     fn the_nodes_network_is_refused() {

@@ -222,3 +222,52 @@ async fn events_wait_in_order_for_a_containerd_that_is_gone() {
     assert_eq!(names, ["start a", "start b", "start c"]);
     server.shutdown().await.unwrap();
 }
+
+/// Adds to the specification that a request is for.
+fn with_users(request: &CreateTaskRequest, namespaces: Value) {
+    let path = Path::new(&request.bundle).join("config.json");
+    let mut spec: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let line = json!([{"containerID": 0, "hostID": 65536, "size": 65536}]);
+    let linux = spec["linux"].as_object_mut().unwrap();
+    linux["namespaces"]
+        .as_array_mut()
+        .unwrap()
+        .extend(namespaces.as_array().unwrap().clone());
+    linux.extend([
+        ("uidMappings".to_owned(), line.clone()),
+        ("gidMappings".to_owned(), line),
+    ]);
+    std::fs::write(path, spec.to_string()).unwrap();
+}
+
+#[tokio::test]
+async fn the_containers_of_a_pod_are_in_its_user_namespace() {
+    let node = Node::new().await;
+    let sandbox = node.sandbox_request();
+    with_users(&sandbox, json!([{"type": "user"}]));
+    node.pod.create(&sandbox).await.unwrap();
+    let told = node.guest.sandbox.lock().unwrap().clone().unwrap();
+    assert_eq!(told.users.uids.outside, 65536);
+
+    let error = node.pod.create(&node.container_request("c1")).await.err().unwrap();
+    assert!(error.to_string().contains("the container's none"), "{error}");
+    let request = node.container_request("c1");
+    with_users(&request, json!([{"type": "user", "path": "/proc/4321/ns/user"}]));
+    node.pod.create(&request).await.unwrap();
+    let spec = node.guest.spec.lock().unwrap().clone().unwrap();
+    let namespaces = spec["linux"]["namespaces"].as_array().unwrap();
+    assert!(namespaces.contains(&json!({"type": "user"})), "{namespaces:?}");
+}
+
+#[tokio::test]
+async fn a_pod_in_a_user_namespace_is_not_among_the_nodes_processes() {
+    let node = Node::new().await;
+    let request = node.sandbox_request();
+    let path = Path::new(&request.bundle).join("config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replace(r#""type":"pid""#, r#""type":"mount""#)).unwrap();
+    with_users(&request, json!([{"type": "user"}]));
+    let error = node.pod.create(&request).await.err().unwrap();
+    assert!(error.to_string().contains("remove hostPID"), "{error}");
+    assert!(node.described.lock().unwrap().is_none());
+}
