@@ -17,6 +17,7 @@ const BOUND: Duration = Duration::from_secs(30);
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     vec![
         lab.trial("the log has what a container wrote to stdout and stderr", log),
+        lab.trial("a user other than root writes to its streams by their names", streams),
         lab.trial("a log of 2 MB is complete and in order", long_log),
         lab.trial("a container's exit code is its process's", exit_code),
         lab.trial(
@@ -46,6 +47,20 @@ fn log(lab: &Together<'_>) -> Result<()> {
         line.stream == "stderr" && line.text == "to stderr"
     })?;
     wait_for_log(&container.log, BOUND, |line| line.text == "unended")?;
+    Ok(())
+}
+
+fn streams(lab: &Together<'_>) -> Result<()> {
+    let script = "echo out >/dev/stdout; echo err >/dev/stderr; sleep 2147483647";
+    let container = lab.running(&Container::script("streams", script).user(1000))?;
+    for (stream, text) in [("stdout", "out"), ("stderr", "err")] {
+        wait_for_log(&container.log, BOUND, |line| line.stream == stream && line.text == text)?;
+    }
+    let said = lab.exec(
+        &container.id,
+        &["sh", "-c", "echo out >/dev/stdout; echo err >/dev/stderr"],
+    )?;
+    ensure!(said.stdout == "out\n" && said.stderr == "err\n", "{said:?}");
     Ok(())
 }
 

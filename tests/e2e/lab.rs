@@ -233,6 +233,7 @@ impl Lab {
                     for folder in [node.place().run().join("containerd"), node.place().root()] {
                         let sandboxes = folder.join("io.containerd.sandbox.controller.v1.shim");
                         fs::create_dir_all(sandboxes.join("k8s.io"))?;
+                        fs::create_dir_all(folder.join("io.containerd.runtime.v2.task/k8s.io"))?;
                     }
                 }
                 anyhow::Ok(Started {

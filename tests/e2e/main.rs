@@ -36,6 +36,7 @@ mod size;
 mod stats;
 mod templates;
 mod testbed;
+mod userns;
 
 use lab::{Lab, Start};
 
@@ -61,6 +62,7 @@ fn run() -> Result<ExitCode> {
         ]
         .into_iter()
         .chain(full::handlers(start))
+        .chain([userns::handler(start)])
         .collect();
         let lab = Lab::new(version.short(), version, sandboxer, start, handlers);
         if sandboxer == Sandboxer::Shim && choice.sandboxer.is_none() {
@@ -112,6 +114,7 @@ fn on_each(lab: &Arc<Lab>) -> Vec<Trial> {
         alone::trials,
         size::trials,
         stats::trials,
+        userns::trials,
     ]
     .into_iter()
     .flat_map(|trials| trials(lab))

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result};
 use k8s_cri::v1::{
-    ContainerConfig, ContainerMetadata, DnsConfig, ImageSpec, KeyValue, LinuxContainerConfig, LinuxContainerResources,
-    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, MountPropagation,
-    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PortMapping,
+    ContainerConfig, ContainerMetadata, DnsConfig, IdMapping, ImageSpec, Int64Value, KeyValue, LinuxContainerConfig,
+    LinuxContainerResources, LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount,
+    MountPropagation, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PortMapping, UserNamespace,
 };
 
 use crate::image;
@@ -79,6 +79,29 @@ impl Pod {
         self
     }
 
+    /// In a user namespace, as with `hostUsers: false`.
+    pub fn users(mut self, users: Users) -> Self {
+        let linux = self.config.linux.get_or_insert_default();
+        let context = linux.security_context.get_or_insert_default();
+        context.namespace_options.get_or_insert_default().userns_options = Some(users.namespace());
+        self
+    }
+
+    /// Among the processes of the node.
+    pub fn node_processes(mut self) -> Self {
+        let linux = self.config.linux.get_or_insert_default();
+        let context = linux.security_context.get_or_insert_default();
+        context.namespace_options.get_or_insert_default().pid = NamespaceMode::Node.into();
+        self
+    }
+
+    /// As a kubelet asks for a pod of which a container is privileged.
+    pub fn privileged(mut self) -> Self {
+        let linux = self.config.linux.get_or_insert_default();
+        linux.security_context.get_or_insert_default().privileged = true;
+        self
+    }
+
     /// A ConfigMap volume of the pod with one key, laid out as the kubelet does it.
     pub fn config_map(&self, place: &Place, volume: &str, key: &str, text: &str) -> Result<()> {
         let uid = self.config.metadata.as_ref().map(|metadata| metadata.uid.as_str());
@@ -96,6 +119,31 @@ impl Pod {
 
     pub fn log_directory(&self) -> &Path {
         Path::new(&self.config.log_directory)
+    }
+}
+
+/// The ids of a user namespace: those from 0 on inside are those from `first` on outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Users {
+    pub first: u32,
+    pub length: u32,
+}
+
+impl Users {
+    fn namespace(self) -> UserNamespace {
+        UserNamespace {
+            mode: NamespaceMode::Pod.into(),
+            uids: self.mappings(),
+            gids: self.mappings(),
+        }
+    }
+
+    fn mappings(self) -> Vec<IdMapping> {
+        vec![IdMapping {
+            host_id: self.first,
+            container_id: 0,
+            length: self.length,
+        }]
     }
 }
 
@@ -171,6 +219,32 @@ impl Container {
         self
     }
 
+    /// In a user namespace, as its pod.
+    pub fn users(mut self, users: Users) -> Self {
+        self.namespace_options().userns_options = Some(users.namespace());
+        self
+    }
+
+    /// Has the last of its mounts show files as those of the user namespace's, as the kubelet asks for volumes.
+    pub fn owners_of(mut self, users: Users) -> Self {
+        if let Some(mount) = self.config.mounts.last_mut() {
+            (mount.uid_mappings, mount.gid_mappings) = (users.mappings(), users.mappings());
+        }
+        self
+    }
+
+    /// As this user and group.
+    pub fn user(mut self, id: i64) -> Self {
+        let context = self.security_context();
+        (context.run_as_user, context.run_as_group) = (Some(Int64Value { value: id }), Some(Int64Value { value: id }));
+        self
+    }
+
+    pub fn privileged(mut self) -> Self {
+        self.security_context().privileged = true;
+        self
+    }
+
     /// Among the processes of the node.
     pub fn node_processes(mut self) -> Self {
         self.namespace_options().pid = NamespaceMode::Node.into();
@@ -192,9 +266,12 @@ impl Container {
     }
 
     fn namespace_options(&mut self) -> &mut NamespaceOption {
+        self.security_context().namespace_options.get_or_insert_default()
+    }
+
+    fn security_context(&mut self) -> &mut LinuxContainerSecurityContext {
         let linux = self.config.linux.get_or_insert_default();
-        let context = linux.security_context.get_or_insert_default();
-        context.namespace_options.get_or_insert_default()
+        linux.security_context.get_or_insert_default()
     }
 
     /// In bytes.

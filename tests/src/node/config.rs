@@ -60,6 +60,8 @@ pub struct Handler {
     /// Keys of config.toml and their values as TOML.
     settings: BTreeMap<String, String>,
     sandboxer: Sandboxer,
+    /// Its configuration is named by the environment, and containerd's entry has no options.
+    without_options: bool,
 }
 
 impl Handler {
@@ -69,6 +71,7 @@ impl Handler {
             name: COREOS_KVM.to_owned(),
             settings: BTreeMap::new(),
             sandboxer: Sandboxer::default(),
+            without_options: false,
         }
     }
 
@@ -92,6 +95,17 @@ impl Handler {
         self
     }
 
+    /// Has containerd's entry be one without options.
+    pub fn without_options(mut self) -> Self {
+        self.without_options = true;
+        self
+    }
+
+    /// containerd 2.x takes them for runc's, where the shim makes sandboxes and for user namespaces, and then starts no container.
+    fn has_options(&self) -> bool {
+        self.sandboxer == Sandboxer::PodSandbox && !self.without_options
+    }
+
     /// The file that the handler is configured by.
     pub fn config_path(&self, place: &Place) -> PathBuf {
         place.base().join(format!("{}.toml", self.name))
@@ -103,14 +117,14 @@ impl Handler {
             r#"plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{}"#,
             self.name
         );
-        let (runtime_type, further) = match self.sandboxer {
-            Sandboxer::PodSandbox => (
-                COREOS_KVM,
-                format!("[{runtime}.options]\n  ConfigPath = {:?}", self.config_path(place)),
-            ),
-            // With options no container would start on containerd 2.0 to 2.2.
-            Sandboxer::Shim => (self.name.as_str(), "sandboxer = \"shim\"".to_owned()),
+        let runtime_type = if self.has_options() { COREOS_KVM } else { &self.name };
+        let mut further = match self.sandboxer {
+            Sandboxer::PodSandbox => String::new(),
+            Sandboxer::Shim => "sandboxer = \"shim\"\n".to_owned(),
         };
+        if self.has_options() {
+            further += &format!("  [{runtime}.options]\n  ConfigPath = {:?}", self.config_path(place));
+        }
         format!(
             r#"
 [{runtime}]
@@ -171,7 +185,7 @@ fn link_programs(place: &Place, version: Containerd, handlers: &[Handler]) -> Re
     programs.push(artifacts::runc()?);
     for handler in handlers {
         let shim = artifacts::program(SHIM)?;
-        if handler.sandboxer == Sandboxer::PodSandbox {
+        if handler.has_options() {
             programs.push(shim);
             continue;
         }
