@@ -53,7 +53,7 @@ fn run() -> Result<ExitCode> {
     let start = choice.start;
 
     let mut labs = Vec::new();
-    let mut trials = install::trials();
+    let mut queues = vec![install::trials()];
     for (version, sandboxer) in choice.kinds() {
         let handlers = [
             start.handler(),
@@ -66,15 +66,15 @@ fn run() -> Result<ExitCode> {
         .collect();
         let lab = Lab::new(version.short(), version, sandboxer, start, handlers);
         if sandboxer == Sandboxer::Shim && choice.sandboxer.is_none() {
-            trials.extend(sandbox::chosen_trials(&lab)?);
+            queues.push(sandbox::chosen_trials(&lab)?);
             labs.push(lab);
             continue;
         }
-        trials.extend(on_each(&lab));
+        let mut trials = on_each(&lab);
         // One containerd has to do for what it does not take part in.
         if version == Containerd::V1_7 || sandboxer == Sandboxer::Shim {
             let bad = bad_input::lab(version, sandboxer, start);
-            trials.extend(bad_input::trials(&bad));
+            queues.push(bad_input::trials(&bad));
             labs.push(bad);
         }
         if version == Containerd::V2_1 {
@@ -89,14 +89,28 @@ fn run() -> Result<ExitCode> {
         if sandboxer == Sandboxer::Shim {
             trials.extend(sandbox::trials(&lab));
         }
+        queues.push(trials);
         labs.push(lab);
     }
 
-    let conclusion = libtest_mimic::run(&arguments, trials);
+    let conclusion = libtest_mimic::run(&arguments, in_turns(queues));
     for lab in labs {
         lab.tidy()?;
     }
     Ok(conclusion.exit_code())
+}
+
+/// The trials of all nodes, each node's in their order and spread over the whole run: a trial that has its node for itself leaves the other
+/// processor to those of other nodes.
+fn in_turns(queues: Vec<Vec<Trial>>) -> Vec<Trial> {
+    let places = queues.into_iter().flat_map(|queue| {
+        let length = queue.len() as f64;
+        let spread = move |(index, trial)| ((index as f64 + 0.5) / length, trial);
+        queue.into_iter().enumerate().map(spread)
+    });
+    let mut places: Vec<_> = places.collect();
+    places.sort_by(|(one, _), (other, _)| one.total_cmp(other));
+    places.into_iter().map(|(_, trial)| trial).collect()
 }
 
 /// What has to work on every containerd. All but a few use one pod that they share.
