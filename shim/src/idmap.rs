@@ -85,12 +85,16 @@ impl Idler {
     fn start() -> io::Result<Self> {
         // Nobody is signalled at its end, so that whoever waits for this process's other children does not meet it (wait(2), "__WCLONE").
         let flags = libc::c_long::from(libc::CLONE_NEWUSER);
+        let parent = nix::unistd::getpid().as_raw();
         // SAFETY: clone(2) without CLONE_VM and with no stack of its own is a fork. The child calls only what signal-safety(7) allows.
         match unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) } {
             -1 => Err(io::Error::last_os_error()),
-            // SAFETY: prctl(2) and pause(2), of numbers alone. It ends with the thread that made it, if not before.
+            // SAFETY: prctl(2), getppid(2), _exit(2) and pause(2), of numbers alone. It ends with the thread that made it, if not before.
             0 => unsafe {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                if libc::getppid() != parent {
+                    libc::_exit(0);
+                }
                 loop {
                     libc::pause();
                 }
@@ -175,7 +179,8 @@ impl MappedMount {
         let none = None::<&str>;
         // Which includes a working directory of its own.
         unshare(CloneFlags::CLONE_NEWNS)?;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+        // What the host unmounts meanwhile is unmounted here, too, and stays in nobody's way.
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)?;
         mount(Some("none"), place, Some("tmpfs"), MsFlags::empty(), Some("mode=0700"))?;
         std::env::set_current_dir(place)?;
         let mut options = self.options.clone();
@@ -203,10 +208,12 @@ impl MappedMount {
     }
 }
 
-/// A copy of the mount at `path` that is nowhere.
+/// A copy of the mount at `path` that is nowhere, and to which nothing comes from the host.
 fn detached(path: &Path) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    Ok(open_tree(CWD, path, flags)?)
+    let tree = open_tree(CWD, path, flags)?;
+    set_attributes(&tree, 0, Attributes::propagation(libc::MS_PRIVATE))?;
+    Ok(tree)
 }
 
 /// Mounts what is nowhere at `target`.

@@ -222,7 +222,7 @@ impl<'a> Attributes<'a> {
         owners: None,
     };
 
-    fn propagation(propagation: libc::c_ulong) -> Self {
+    pub(crate) fn propagation(propagation: libc::c_ulong) -> Self {
         Self {
             set: 0,
             propagation,

@@ -13,6 +13,7 @@ use kubeception_tests::image::{BUSYBOX, WEB, WEB_PAGE};
 use kubeception_tests::leftovers::expect_nothing_left;
 use kubeception_tests::node::Handler;
 use kubeception_tests::pod::{Container, Pod, Users};
+use kubeception_tests::stream::Session;
 use libtest_mimic::Trial;
 
 use crate::lab::{Alone, Lab, OwnPod, Start, eventually, in_guest};
@@ -191,9 +192,21 @@ fn members(lab: &mut Alone<'_>) -> Result<()> {
     ensure!(run(cri, &two, "echo out >/dev/stdout")? == "out");
     let terminal = start(Container::script("terminal", "tty; stat -c %u /dev/pts/0").terminal())?;
     cri.wait_exited(&terminal, BOUND)?;
+    own_terminal(lab, &one, 0)?;
+    own_terminal(lab, &two, 1000)?;
 
     pod.remove()?;
     expect_nothing_left(&lab.node, &before, BOUND)
+}
+
+/// The terminal of an exec belongs to who is at it, who can open it by its name.
+fn own_terminal(lab: &Alone<'_>, container: &str, owner: u32) -> Result<()> {
+    let mut session = Session::open(&lab.node, &lab.cri.exec_url(container, &["sh"], true)?)?;
+    session.send("stat -c own''er=%u $(tty) >/dev/stdout\n")?;
+    session.read_until(&format!("owner={owner}"), BOUND)?;
+    session.send("exit 0\n")?;
+    ensure!(session.wait(BOUND)? == 0, "the terminal's shell failed");
+    Ok(())
 }
 
 fn volumes(lab: &mut Alone<'_>) -> Result<()> {

@@ -31,7 +31,7 @@ use super::{
     SPEC,
     adapt::adapt_process,
     chain, seccomp,
-    users::{IdMappings, give_streams},
+    users::{IdMappings, become_root, chown_stdin, give_streams},
 };
 use crate::passwd;
 
@@ -86,10 +86,16 @@ fn try_join(
     }
     give_streams(process.user(), users);
     setns(init, namespaces(&spec)).map_err(failed("entering the container failed"))?;
+    if users.is_some() {
+        // Who is nobody there would own the terminal.
+        become_root().map_err(failed("becoming root of the container failed"))?;
+    }
     if let Some(console) = console {
         // It closes the socket itself.
         let console = console.into_raw_fd();
         tty::setup_console(syscall.as_ref(), console, false).map_err(|error| chain(&error))?;
+        // Who is not given it can use it all the same, but not open it by its name.
+        let _ = chown_stdin(process.user().uid());
     }
 
     let privileges_stay = process.no_new_privileges() != Some(true);

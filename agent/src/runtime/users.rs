@@ -130,9 +130,19 @@ impl Users {
 pub(super) fn enter(namespace: BorrowedFd<'_>) -> nix::Result<()> {
     setns(namespace, CloneFlags::CLONE_NEWUSER)?;
     setgroups(&[])?;
+    become_root()
+}
+
+/// Becomes root of the user namespace that the process is in. It keeps its rights.
+pub(super) fn become_root() -> nix::Result<()> {
     let (user, group) = (Uid::from_raw(0), Gid::from_raw(0));
     setresgid(group, group, group)?;
     setresuid(user, user, user)
+}
+
+/// Gives stdin, a terminal, to this user.
+pub(super) fn chown_stdin(user: u32) -> rustix::io::Result<()> {
+    fchown(io::stdin(), Some(rustix::process::Uid::from_raw(user)), None)
 }
 
 /// Has a container be in the namespace, with what it then cannot have of its own. The descriptor has to stay open until it is.
