@@ -103,6 +103,7 @@ async fn up(handle: &Handle, index: u32, name: &str) -> Result<(), AgentError> {
 
 /// The interface with that address: its index.
 async fn find(mac: &str) -> Result<u32, AgentError> {
+    parse_mac(mac)?;
     let deadline = Instant::now() + DEVICE;
     loop {
         if let Some(index) = index_of(Path::new(INTERFACES), mac) {
@@ -117,13 +118,16 @@ async fn find(mac: &str) -> Result<u32, AgentError> {
     }
 }
 
-/// By sysfs: netlink's list of the interfaces has all that there is to say of each.
+/// By sysfs: netlink's list of the interfaces has all that there is to say of each. The first one that came, for what is made on an
+/// interface, such as a VLAN, mostly has its address.
 fn index_of(interfaces: &Path, mac: &str) -> Option<u32> {
-    let said = |interface: &fs::DirEntry, what: &str| fs::read_to_string(interface.path().join(what)).ok();
-    let mut interfaces = fs::read_dir(interfaces).ok()?.flatten();
-    let interface = interfaces
-        .find(|interface| said(interface, "address").is_some_and(|address| address.trim().eq_ignore_ascii_case(mac)))?;
-    said(&interface, "ifindex")?.trim().parse().ok()
+    let interfaces = fs::read_dir(interfaces).ok()?.flatten();
+    let index = |interface: fs::DirEntry| {
+        let said = |what: &str| fs::read_to_string(interface.path().join(what)).ok();
+        let has_it = said("address")?.trim().eq_ignore_ascii_case(mac);
+        has_it.then(|| said("ifindex")?.trim().parse().ok())?
+    };
+    interfaces.filter_map(index).min()
 }
 
 async fn add_route(handle: &Handle, route: &Route, index: u32) -> Result<(), AgentError> {
@@ -253,7 +257,13 @@ mod tests {
     #[test]
     fn an_interface_is_found_by_its_address() {
         let interfaces = tempfile::tempdir().unwrap();
-        for (name, address, index) in [("lo", "00:00:00:00:00:00", "1"), ("ens1", "0a:58:0a:58:00:04", "7")] {
+        let mac = "0a:58:0a:58:00:04";
+        for (name, address, index) in [
+            ("lo", "00:00:00:00:00:00", "1"),
+            ("ens1", mac, "7"),
+            ("a-vlan", mac, "8"),
+            ("vlan", mac, "10"),
+        ] {
             let interface = interfaces.path().join(name);
             fs::create_dir(&interface).unwrap();
             fs::write(interface.join("address"), format!("{address}\n")).unwrap();

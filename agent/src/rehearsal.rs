@@ -10,9 +10,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use coreos_kvm_proto::agent::{ConfigureNetworkRequest, Streams};
-use rustix::thread::{MembarrierCommand, membarrier};
 use serde_json::json;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::{
     containers::{Containers, Processes},
@@ -23,10 +22,11 @@ use crate::{
 /// The container's name, which no pod's container has.
 const NAME: &str = "rehearsal";
 const FOLDER: &str = "/run/coreos-kvm/rehearsal";
-/// Steps in which a cgroup goes, and one to spare.
-const STEPS: usize = 4;
-/// What the kernel has for each of them to do takes less.
-const STEP: Duration = Duration::from_millis(100);
+const CGROUP_STAT: &str = "/sys/fs/cgroup/cgroup.stat";
+/// A cgroup goes within tenths of seconds, or stays as long as memory has what its processes were the first to read: then all else of
+/// it is gone by then.
+const SETTLED: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_millis(20);
 /// Of the guest's, what a container of its programs consists of: where they are, and the links that lead there.
 const PROGRAMS: &str = "usr";
 const LINKS: [&str; 4] = ["bin", "lib", "lib64", "sbin"];
@@ -41,21 +41,31 @@ pub(crate) async fn rehearse(containers: &Containers, template: Ids) -> Result<(
     network::configure(&ConfigureNetworkRequest::default())
         .await
         .context("bringing up the loopback interface")?;
+    let dying = dying_cgroups()?;
     let made = make_root().context("making a root file system")?;
     let result = run(containers, &made).await.context("running a container");
     fs::remove_dir_all(FOLDER).context("removing the root file system")?;
     result?;
-    settle().await
+    settle(dying).await
 }
 
-/// Waits until the kernel has taken the container apart, for else each clone would go on with that. It does so in steps, the next of
-/// which begins when a grace period of RCU is over (`css_killed_work_fn` and what follows it in kernel/cgroup/cgroup.c).
-async fn settle() -> Result<()> {
-    for _ in 0..STEPS {
-        membarrier(MembarrierCommand::Global).context("waiting for a grace period")?;
-        sleep(STEP).await;
+/// Waits until the kernel has taken the container apart, for else each clone would go on with that.
+async fn settle(dying_before: u64) -> Result<()> {
+    let deadline = Instant::now() + SETTLED;
+    while dying_cgroups()? > dying_before && Instant::now() < deadline {
+        sleep(LOOK).await;
     }
     Ok(())
+}
+
+/// cgroups that were removed and of which something is left: cgroup-v2, "cgroup.stat".
+fn dying_cgroups() -> Result<u64> {
+    let stat = fs::read_to_string(CGROUP_STAT).with_context(|| format!("reading {CGROUP_STAT}"))?;
+    let dying = stat.lines().find_map(|line| line.strip_prefix("nr_dying_descendants "));
+    dying
+        .unwrap_or("0")
+        .parse()
+        .with_context(|| format!("{CGROUP_STAT} has no number"))
 }
 
 /// A root file system that shows the guest's own programs.
