@@ -451,7 +451,10 @@ impl Container {
                 Err(
                     error @ (AgentError::Unreachable { .. } | AgentError::Lost { .. } | AgentError::Timeout { .. }),
                 ) if process.is_init() && i32::try_from(signal) == Ok(libc::SIGKILL) => {
-                    self.give_up_machine(&error).await;
+                    // Answered before it has ended: with the event of that containerd deletes the task and hangs up, and who
+                    // still waited for this answer would have none.
+                    let container = self.clone();
+                    tokio::spawn(async move { container.give_up_machine(&error).await });
                     Ok(())
                 }
                 // It is on its way, and there when the guest goes on. An error would keep whoever stops the container from SIGKILL,

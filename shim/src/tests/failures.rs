@@ -157,3 +157,19 @@ async fn a_container_that_is_deleted_twice_at_once_is_told_once() {
     assert_eq!(node.events(1).await, ["delete c1 0"]);
     node.no_more_events();
 }
+
+#[tokio::test]
+async fn a_kill_that_nobody_answers_is_answered_before_the_machine_has_ended_for_it() {
+    let mut node = Node::new().await;
+    node.run_sandbox().await;
+    node.run("c1").await;
+    node.machine.lose_agent().await;
+    node.guest.held.send_replace("shutdown");
+    let container = node.pod.container("c1").unwrap();
+    timeout(SOON, container.kill("", 9, true)).await.unwrap().unwrap();
+    node.no_more_events();
+    node.guest.held.send_replace("");
+    let mut ended = node.events(2).await;
+    ended.sort();
+    assert_eq!(ended, ["exit c1 137", "exit sandbox 137"]);
+}

@@ -316,12 +316,17 @@ impl FakeMachine {
         })
     }
 
-    /// The machine's end, and with it that of all connections.
-    pub(super) async fn die(&self, reason: &str, orderly: bool) {
+    /// The end of the agent and of all connections, of which the machine knows nothing.
+    pub(super) async fn lose_agent(&self) {
         self.accepting.abort();
         if let Some(mut server) = self.server.lock().await.take() {
             server.disconnect().await;
         }
+    }
+
+    /// The machine's end, and with it that of all connections.
+    pub(super) async fn die(&self, reason: &str, orderly: bool) {
+        self.lose_agent().await;
         let exit = VmExit {
             reason: reason.to_owned(),
             orderly,
@@ -390,6 +395,7 @@ impl RunningMachine for FakeMachine {
     }
 
     async fn shutdown(&self, _: Duration) -> Result<(), ShimError> {
+        self.guest.let_go("shutdown").await;
         self.die("QEMU was killed", false).await;
         Ok(())
     }
