@@ -25,7 +25,7 @@ const FOLDER: &str = "/run/coreos-kvm/rehearsal";
 const CGROUP_STAT: &str = "/sys/fs/cgroup/cgroup.stat";
 /// A cgroup goes within tenths of seconds, or stays as long as memory has what its processes were the first to read: then all else of
 /// it is gone by then.
-const SETTLED: Duration = Duration::from_secs(2);
+const SETTLED: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(20);
 /// Of the guest's, what a container of its programs consists of: where they are, and the links that lead there.
 const PROGRAMS: &str = "usr";
