@@ -23,6 +23,7 @@ use coreos_kvm_launcher::{
 };
 use futures::future::join_all;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use tokio::sync::Mutex;
 
 /// Clones that come up at the same time in the tests that start many.
 const AT_ONCE: usize = 4;
@@ -40,6 +41,9 @@ fn store(config: &Config) -> Store {
     Store::open(&config.template_dir, config.template_space_mib << 20).unwrap()
 }
 
+/// One test makes the template that others want too.
+static MAKING: Mutex<()> = Mutex::const_new(());
+
 /// A template of the machine in the place's own folder, made once for all runs.
 async fn with_template(place: &Place, machine: &Machine) -> PathBuf {
     let common = Config {
@@ -48,11 +52,13 @@ async fn with_template(place: &Place, machine: &Machine) -> PathBuf {
     };
     let key = vm::template_key(&common, machine).await.unwrap();
     let all = store(&common);
+    let making = MAKING.lock().await;
     if all.find(&key).ok().flatten().is_none() {
         let right = all.try_lock(&key).unwrap().unwrap();
         let never = std::future::pending();
         vm::make_template(&common, machine, &right, never).await.unwrap();
     }
+    drop(making);
     store(&place.config);
     let copied = Command::new("cp")
         .arg("-a")
@@ -159,7 +165,7 @@ async fn identity(vm: &Vm) -> Vec<String> {
 #[case::copy(CloneModeChoice::Copy)]
 #[tokio::test]
 async fn no_two_of_twenty_clones_share_an_identity_and_all_know_the_time(#[case] mode: CloneModeChoice) {
-    let place = Place::of(mode).await;
+    let place = Place::alone(mode).await;
     let folder = with_template(&place, &cloneable(&place, "any")).await;
     let age = fs::metadata(&folder).unwrap().modified().unwrap().elapsed().unwrap();
     // A clone whose clock was not set would be behind by that.
@@ -348,7 +354,7 @@ async fn a_template_that_finds_no_room_has_the_machine_boot() {
 
 #[tokio::test]
 async fn machines_that_start_at_once_make_one_template_and_are_its_clones() {
-    let place = Place::new().await;
+    let place = Place::alone(CloneModeChoice::CopyOnWrite).await;
     let machines: Vec<_> = (0..AT_ONCE)
         .map(|number| cloneable(&place, &format!("at-once-{number}")))
         .collect();

@@ -9,6 +9,7 @@
 
 use std::{
     path::{Path, PathBuf},
+    sync::LazyLock,
     time::Duration,
 };
 
@@ -22,7 +23,7 @@ use coreos_kvm_launcher::{
     vm,
 };
 use coreos_kvm_proto::{GUEST_CONTAINER_ID, agent::Streams};
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Where `devtool` keeps what it has made.
 pub fn cache() -> PathBuf {
@@ -50,13 +51,24 @@ pub fn configuration(text: String) -> Configuration {
     }
 }
 
-/// One machine at a time: each has a processor for itself while it boots.
-static TURN: Mutex<()> = Mutex::const_new(());
+/// As many at a time as there are processors: a machine that boots keeps one busy.
+static TURNS: LazyLock<Turns> = LazyLock::new(|| {
+    let processors = std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap());
+    Turns {
+        free: Semaphore::new(processors as usize),
+        all: processors,
+    }
+});
+
+struct Turns {
+    free: Semaphore,
+    all: u32,
+}
 
 pub struct Place {
     pub config: Config,
     root: tempfile::TempDir,
-    _turn: MutexGuard<'static, ()>,
+    _turn: SemaphorePermit<'static>,
 }
 
 impl Place {
@@ -66,7 +78,15 @@ impl Place {
 
     /// One whose clones come to their memory in that way.
     pub async fn of(clone_mode: CloneModeChoice) -> Self {
-        let turn = TURN.lock().await;
+        Self::with(clone_mode, TURNS.free.acquire().await.unwrap())
+    }
+
+    /// The same with all processors to itself: for many machines at once, or for what is measured.
+    pub async fn alone(clone_mode: CloneModeChoice) -> Self {
+        Self::with(clone_mode, TURNS.free.acquire_many(TURNS.all).await.unwrap())
+    }
+
+    fn with(clone_mode: CloneModeChoice, turn: SemaphorePermit<'static>) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "machines are started by root");
         let tools = present("COREOS_KVM_TOOLS", cache().join("tools/bin"), "`devtool setup`");
         let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/x86_64-unknown-linux-gnu/release");
@@ -89,6 +109,12 @@ impl Place {
         }
     }
 
+    /// No other place has the same.
+    pub fn name(&self) -> String {
+        let name = self.root.path().file_name().unwrap().to_str().unwrap();
+        name.trim_start_matches('.').to_owned()
+    }
+
     pub fn machine(&self, name: &str) -> Machine {
         Machine {
             id: name.parse().unwrap(),
@@ -102,7 +128,8 @@ impl Place {
             kernel_args: Vec::new(),
             network: Network::None,
             disk: None,
-            cgroup: Some(format!("coreos-kvm-test-{}-{name}", std::process::id()).into()),
+            // Two tests may give their machines the same name.
+            cgroup: Some(format!("coreos-kvm-test-{}-{name}", self.name()).into()),
             boot_timeout: Duration::from_secs(120),
             cloneable: false,
         }
