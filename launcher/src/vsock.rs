@@ -41,6 +41,9 @@ pub use ready::{GreetingError, ReadyListener};
 const DIAL: Duration = Duration::from_secs(5);
 /// The device process listens some milliseconds after its start.
 const DEVICE: Duration = Duration::from_secs(5);
+/// Bytes of one connection that the device process takes from the guest and nobody has read yet. With its default of 64 KiB, one packet of the
+/// guest's, each packet waits until the one before has been read.
+const TX_BUFFER: u32 = 256 << 10;
 /// Longest answer to CONNECT, in bytes: `OK 4294967295\n`.
 const ANSWER_MAX: usize = 32;
 
@@ -142,6 +145,8 @@ impl VsockDevice {
             format!("{inside}/device"),
             "--uds-path".to_owned(),
             format!("{inside}/guest"),
+            "--tx-buffer-size".to_owned(),
+            TX_BUFFER.to_string(),
         ];
         let process = Process::start(&program, &arguments.map(Into::into), vec![handle], confinement)?;
 
