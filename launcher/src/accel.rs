@@ -15,8 +15,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+mod processor;
 pub mod trial;
 
+pub use processor::Processor;
 use trial::Verdict;
 
 use crate::cache::Cache;
@@ -49,6 +51,13 @@ impl fmt::Display for Acceleration {
             Self::Tcg => "tcg",
         })
     }
+}
+
+/// What the host is to its guests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Host {
+    pub acceleration: Acceleration,
+    pub processor: Processor,
 }
 
 /// KVM was demanded where it cannot run a guest.

@@ -12,7 +12,7 @@ use coreos_kvm_proto::{
 
 use super::devices::{self, Connections, Device, SLOT};
 use crate::{
-    accel::Acceleration,
+    accel::{Acceleration, Host},
     disk::{DATA_DISK_SERIAL, Storage},
     forward,
     machine::{Machine, Network},
@@ -35,6 +35,10 @@ const ALONE_WITH_PORTS: &str = "pcie_ports=compat";
 /// Kernel argument: no memory for devices that reach 4 GiB at most. Of a machine whose memory could grow beyond that it would be 64 MiB,
 /// and virtio's devices reach everything.
 const NO_BOUNCE_BUFFERS: &str = "swiotlb=noforce";
+
+/// Kernel argument: the processor's counter (TSC) is the clock. Under TCG it is the host's, the same for all processors, but the processor
+/// that the guest sees does not say so, and the kernel would read a port of the chipset (ACPI's timer) at each change of process.
+const COUNTER_IS_CLOCK: &str = "tsc=reliable";
 
 /// How often a machine's memory can grow: virtiofsd and vhost-device-vsock take eight pieces of memory, and at the beginning there
 /// are up to two, below and above 4 GiB.
@@ -105,11 +109,11 @@ pub enum Ignition {
 }
 
 /// The arguments, the program's name left out.
-pub fn arguments(machine: &Machine, acceleration: Acceleration, descriptors: &Descriptors) -> Vec<OsString> {
+pub fn arguments(machine: &Machine, host: &Host, descriptors: &Descriptors) -> Vec<OsString> {
     let mut line = Line::default();
-    platform(&mut line, machine, acceleration);
+    platform(&mut line, machine, host.acceleration);
     memory(&mut line, machine, &descriptors.start);
-    boot(&mut line, machine, descriptors);
+    boot(&mut line, machine, host, descriptors);
     disks(&mut line, machine, descriptors);
     console(&mut line, descriptors);
     devices::backends(&mut line, machine, &descriptors.connections);
@@ -227,7 +231,7 @@ fn memory(line: &mut Line, machine: &Machine, start: &Start) {
 }
 
 /// Kernel and configuration. QEMU reads these once, by name, so that a descriptor is named as a file.
-fn boot(line: &mut Line, machine: &Machine, descriptors: &Descriptors) {
+fn boot(line: &mut Line, machine: &Machine, host: &Host, descriptors: &Descriptors) {
     let (kernel, initramfs, ours) = match descriptors.start {
         Start::Boot {
             kernel,
@@ -252,7 +256,7 @@ fn boot(line: &mut Line, machine: &Machine, descriptors: &Descriptors) {
     };
     line.add("kernel", own_file(kernel));
     line.add("initrd", own_file(initramfs));
-    line.add("append", kernel_arguments(machine, ours));
+    line.add("append", kernel_arguments(machine, host, ours));
     ignition(line, machine, descriptors);
 }
 
@@ -264,9 +268,12 @@ fn ignition(line: &mut Line, machine: &Machine, descriptors: &Descriptors) {
 }
 
 /// The guest's own arguments, the launcher's, then the machine's, which thereby have the last word.
-fn kernel_arguments(machine: &Machine, of_the_start: String) -> String {
+fn kernel_arguments(machine: &Machine, host: &Host, of_the_start: String) -> String {
     // With -no-reboot a panic thus ends QEMU at once, rather than leave a dead machine that looks alive.
     let mut ours = vec!["panic=-1".to_owned(), of_the_start];
+    if host.acceleration == Acceleration::Tcg && host.processor.steady_counter {
+        ours.push(COUNTER_IS_CLOCK.to_owned());
+    }
     if matches!(machine.network, Network::User { .. }) {
         // dracut.cmdline(7). The agent gives the interface its address, but names are resolved by a file.
         ours.push(format!("nameserver={}", forward::NAME_SERVER));
@@ -367,6 +374,7 @@ fn own_file(descriptor: RawFd) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::accel::Processor;
     use crate::qemu::devices::{Tap, Vsock};
     use crate::{
         disk::Disk,
@@ -396,10 +404,24 @@ mod tests {
         }
     }
 
+    fn host(acceleration: Acceleration, steady_counter: bool) -> Host {
+        Host {
+            acceleration,
+            processor: Processor {
+                identity: String::new(),
+                steady_counter,
+            },
+        }
+    }
+
     /// One option with its value a line.
     fn lines(machine: &Machine, acceleration: Acceleration, descriptors: &Descriptors) -> String {
+        text(machine, &host(acceleration, true), descriptors)
+    }
+
+    fn text(machine: &Machine, host: &Host, descriptors: &Descriptors) -> String {
         let mut text = String::new();
-        for argument in arguments(machine, acceleration, descriptors) {
+        for argument in arguments(machine, host, descriptors) {
             let argument = argument.into_string().unwrap();
             let separator = if argument.starts_with('-') { "\n" } else { " " };
             text += separator;
@@ -481,6 +503,15 @@ mod tests {
         assert!(lines.contains(" maxcpus=1 swiotlb=noforce"), "{lines}");
         assert!(lines.contains("tb-size=78\n"), "{lines}");
         assert!(lines.contains("-m size=512M,slots=6,maxmem=2048M"), "{lines}");
+    }
+
+    #[test]
+    fn a_counter_that_changes_its_pace_is_no_clock() {
+        let has = |host| text(&machine(), &host, &descriptors()).contains(COUNTER_IS_CLOCK);
+        assert!(has(host(Acceleration::Tcg, true)));
+        assert!(!has(host(Acceleration::Tcg, false)));
+        // Under KVM the guest has a better one.
+        assert!(!has(host(Acceleration::Kvm, true)));
     }
 
     #[test]

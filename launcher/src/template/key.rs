@@ -1,18 +1,13 @@
 //! What a template is known by: a hash of everything that shapes its guest.
 
-use std::{
-    fmt, io,
-    os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
-    str::FromStr,
-};
+use std::{fmt, io, os::unix::fs::MetadataExt, path::Path, str::FromStr};
 
 use coreos_kvm_proto::PROTOCOL;
 use sha2::{Digest, Sha256};
 
 use super::TemplateError;
 use crate::{
-    accel::Acceleration,
+    accel::Host,
     carriage::Carriage,
     machine::Machine,
     qemu::{
@@ -37,7 +32,7 @@ impl Key {
     pub(crate) fn of(
         machine: &Machine,
         ignition: &Carriage,
-        acceleration: Acceleration,
+        host: &Host,
         qemu: (&Path, Version),
         agent_disk: &Path,
     ) -> Result<Self, TemplateError> {
@@ -72,16 +67,14 @@ impl Key {
             console: 0,
             connections: Connections::default(),
         };
-        for argument in arguments::arguments(machine, acceleration, &descriptors) {
+        for argument in arguments::arguments(machine, host, &descriptors) {
             add("argument", argument.as_encoded_bytes());
         }
         let guest = &machine.guest;
         for file in [qemu.0, &guest.kernel, &guest.initramfs, &guest.root, agent_disk] {
             add("file", identity(file)?.as_bytes());
         }
-        if acceleration == Acceleration::Kvm {
-            add("processor", processor()?.as_bytes());
-        }
+        add("processor", host.processor.identity.as_bytes());
         let digest = hash.finalize();
         Ok(Self(digest[..16].iter().map(|byte| format!("{byte:02x}")).collect()))
     }
@@ -131,22 +124,12 @@ fn identity(path: &Path) -> Result<String, TemplateError> {
     ))
 }
 
-/// The host's processor, which a guest under KVM sees: what it is and what it can do, proc_cpuinfo(5).
-fn processor() -> Result<String, TemplateError> {
-    const FIELDS: [&str; 6] = ["vendor_id", "cpu family", "model", "stepping", "microcode", "flags"];
-    let path = PathBuf::from("/proc/cpuinfo");
-    let text = std::fs::read_to_string(&path).map_err(TemplateError::io("reading", &path))?;
-    let first = text.split("\n\n").next().unwrap_or_default();
-    let lines = first.lines().filter(|line| {
-        let name = line.split(':').next().unwrap_or_default().trim();
-        FIELDS.contains(&name)
-    });
-    Ok(lines.collect::<Vec<_>>().join("\n"))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
+    use crate::accel::{Acceleration, Processor};
     use crate::machine::tests::machine;
 
     /// A machine of files that are there, and the agent's disk.
@@ -163,10 +146,20 @@ mod tests {
         (machine, file("agent"))
     }
 
+    fn host(processor: &str) -> Host {
+        Host {
+            acceleration: Acceleration::Tcg,
+            processor: Processor {
+                identity: processor.to_owned(),
+                steady_counter: true,
+            },
+        }
+    }
+
     fn key(machine: &Machine, ignition: &str, agent: &Path) -> Key {
         let ignition = Carriage::FwCfg(ignition.to_owned());
         let qemu = (Path::new("/proc/self/exe"), Version { major: 7, minor: 2 });
-        Key::of(machine, &ignition, Acceleration::Tcg, qemu, agent).unwrap()
+        Key::of(machine, &ignition, &host("one"), qemu, agent).unwrap()
     }
 
     #[test]

@@ -122,7 +122,7 @@ async fn attempt(
 ) -> Result<Vm, VmError> {
     let state = StateDir::create(&config.state_dir, &machine.id)?;
     let mut record = record(machine, plan);
-    tracing::info!(machine = %machine.id, acceleration = %plan.acceleration, reason = plan.reason, "the machine starts");
+    tracing::info!(machine = %machine.id, acceleration = %plan.host.acceleration, reason = plan.reason, "the machine starts");
     let built = tokio::select! {
         built = bring_up(config, machine, plan, way, (&state, &mut record), watcher) => built,
         () = given_up.cancelled() => Err(VmError::Cancelled),
@@ -141,7 +141,7 @@ pub(super) fn record(machine: &Machine, plan: &Plan) -> Record {
         qemu: None,
         helpers: Vec::new(),
         vsock: None,
-        acceleration: Some(plan.acceleration),
+        acceleration: Some(plan.host.acceleration),
         acceleration_reason: Some(plan.reason.clone()),
         origin: None,
         vcpus: machine.vcpus,

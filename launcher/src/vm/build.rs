@@ -222,7 +222,7 @@ pub(super) async fn make(
 
     let console = async_socket(console_here).map_err(VmError::io("reading the console"))?;
     let console = Console::start(console, &state.console(), watcher).map_err(VmError::io("recording the console"))?;
-    let arguments = arguments::arguments(machine, plan.acceleration, &descriptors);
+    let arguments = arguments::arguments(machine, &plan.host, &descriptors);
     let begin = Instant::now();
     let qemu = Arc::new(Process::start(&plan.qemu, &arguments, inherited.0, wall)?);
     record.qemu = Some(qemu.id());

@@ -4,7 +4,7 @@ use std::{fs::File, io, path::PathBuf};
 
 use super::VmError;
 use crate::{
-    accel::{self, Acceleration},
+    accel::{self, Acceleration, Host, Processor},
     carriage::{self, Carriage},
     config::Config,
     disk, forward,
@@ -19,7 +19,7 @@ pub(super) struct Plan {
     data_disk: Option<File>,
     pub(super) qemu: PathBuf,
     pub(super) version: Version,
-    pub(super) acceleration: Acceleration,
+    pub(super) host: Host,
     pub(super) reason: String,
     pub(super) groups: Vec<u32>,
 }
@@ -64,12 +64,16 @@ pub(super) async fn plan(config: &Config, machine: &Machine) -> Result<Plan, VmE
         Acceleration::Kvm => accel::kvm_group().map_err(VmError::Kvm)?.into_iter().collect(),
         Acceleration::Tcg => Vec::new(),
     };
+    let processor = Processor::of_the_host().map_err(VmError::io("looking at the host's processor"))?;
     Ok(Plan {
         ignition,
         data_disk,
         qemu,
         version,
-        acceleration,
+        host: Host {
+            acceleration,
+            processor,
+        },
         reason,
         groups,
     })

@@ -74,7 +74,7 @@ pub(super) fn template_machine(machine: &Machine) -> Machine {
 
 pub(super) fn key(config: &Config, machine: &Machine, plan: &Plan) -> Result<Key, TemplateError> {
     let qemu = (plan.qemu.as_path(), plan.version);
-    Key::of(machine, &plan.ignition, plan.acceleration, qemu, &config.agent_disk)
+    Key::of(machine, &plan.ignition, &plan.host, qemu, &config.agent_disk)
 }
 
 /// Boots `machine`, as [`template_machine`] made it, saves it, and ends it. When the caller goes away before the end, nothing is left
@@ -145,7 +145,7 @@ async fn boot_and_save(
         guest: machine.guest.name.clone(),
         vcpus: machine.vcpus,
         memory_mib: machine.memory_mib,
-        acceleration: plan.acceleration,
+        acceleration: plan.host.acceleration,
         qemu: plan.version.to_string(),
         own: machine.configuration.is_some(),
         created: SystemTime::now()
