@@ -41,8 +41,8 @@ pub use ready::{GreetingError, ReadyListener};
 const DIAL: Duration = Duration::from_secs(5);
 /// The device process listens some milliseconds after its start.
 const DEVICE: Duration = Duration::from_secs(5);
-/// Bytes of one connection that the device process takes from the guest and nobody has read yet. With its default of 64 KiB, one packet of the
-/// guest's, each packet waits until the one before has been read.
+/// Bytes of one connection that the guest may send before it is told that the device process has passed any of them on. With that program's
+/// default of 64 KiB, one packet of Linux, each packet waits for word of the one before.
 const TX_BUFFER: u32 = 256 << 10;
 /// Longest answer to CONNECT, in bytes: `OK 4294967295\n`.
 const ANSWER_MAX: usize = 32;

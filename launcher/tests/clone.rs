@@ -271,8 +271,7 @@ async fn a_qemu_that_refuses_a_template_is_asked_three_times_and_then_left_alone
     let mut place = Place::new().await;
     let wrapper = place.config.state_dir.with_file_name("qemu");
     let script = "#!/bin/sh\ncase \"$*\" in *-incoming*) echo 'no such state' >&2; exit 1;; esac\nexec qemu-system-x86_64 \"$@\"\n";
-    fs::write(&wrapper, script).unwrap();
-    fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
+    common::script(&wrapper, script);
     let root = wrapper.parent().unwrap();
     fs::set_permissions(root, fs::Permissions::from_mode(0o755)).unwrap();
     place.config.qemu = wrapper;

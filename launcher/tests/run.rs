@@ -8,7 +8,6 @@ mod common;
 use std::{
     fs,
     io::{BufRead, BufReader, Read},
-    os::unix::fs::PermissionsExt,
     path::PathBuf,
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::mpsc::{Receiver, channel},
@@ -480,8 +479,7 @@ async fn a_start_that_is_interrupted_early_leaves_another_machine_of_that_name_a
     // QEMU is asked for its version before anything is made.
     let (asked, qemu) = (desk.path("asked"), desk.path("qemu"));
     let script = format!("#!/bin/sh\n: >'{}'\nexec sleep 60\n", asked.display());
-    fs::write(&qemu, script).unwrap();
-    fs::set_permissions(&qemu, fs::Permissions::from_mode(0o755)).unwrap();
+    common::script(&qemu, &script);
     desk.configure(&format!("qemu = {qemu:?}\n"));
     let theirs = StateDir::create(&desk.place.config.state_dir, &"theirs".parse().unwrap()).unwrap();
 

@@ -3,18 +3,19 @@
 use std::{
     fs::File,
     io::{self, BufRead, BufReader},
-    path::Path,
 };
 
-const PATH: &str = "/proc/cpuinfo";
+const PROCESSORS: &str = "/proc/cpuinfo";
+/// What the host's kernel would have for a clock. Of a counter that it has found to be unsteady, or not the same for all processors, it would not.
+const CLOCKS: &str = "/sys/devices/system/clocksource/clocksource0/available_clocksource";
 
 /// What a guest may depend on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Processor {
-    /// What it is and what it can do. A guest under KVM sees that, and one under TCG has measured how fast the counter runs.
+    /// What it is and what it can do, which a guest under KVM sees.
     pub identity: String,
-    /// Whether the time stamp counter runs at one frequency, also while the processor rests, so that it can be a clock.
-    pub steady_counter: bool,
+    /// The frequency of the time stamp counter, in MHz, where it runs at one frequency, also while the processor rests, and can be a clock.
+    pub counter_mhz: Option<u32>,
 }
 
 impl Processor {
@@ -24,59 +25,68 @@ impl Processor {
     /// When /proc/cpuinfo cannot be read.
     pub fn of_the_host() -> io::Result<Self> {
         let mut lines = Vec::new();
-        // The first processor alone: for each further one the kernel asks that one how fast it runs.
-        for line in BufReader::new(File::open(Path::new(PATH))?).lines() {
+        // Of the first processor alone; the whole is long where there are many.
+        for line in BufReader::new(File::open(PROCESSORS)?).lines() {
             let line = line?;
             if line.is_empty() {
                 break;
             }
             lines.push(line);
         }
-        Ok(Self::parse(&lines))
+        let clocks = std::fs::read_to_string(CLOCKS).unwrap_or_default();
+        Ok(Self::parse(&lines, &clocks))
     }
 
-    fn parse(lines: &[String]) -> Self {
-        const IDENTITY: [&str; 7] = [
-            "vendor_id",
-            "cpu family",
-            "model",
-            "model name",
-            "stepping",
-            "microcode",
-            "flags",
-        ];
+    fn parse(lines: &[String], clocks: &str) -> Self {
+        const IDENTITY: [&str; 6] = ["vendor_id", "cpu family", "model", "stepping", "microcode", "flags"];
         let name = |line: &str| line.split(':').next().unwrap_or_default().trim().to_owned();
         let identity = lines.iter().filter(|line| IDENTITY.contains(&name(line).as_str()));
-        let flags = lines.iter().find(|line| name(line) == "flags");
-        let has = |flag| flags.is_some_and(|flags| flags.split_ascii_whitespace().any(|one| one == flag));
+        let value = |wanted: &str| {
+            let line = lines.iter().find(|line| name(line) == wanted)?;
+            Some(line.split_once(':')?.1.trim())
+        };
+        let has = |flag: &str| value("flags").is_some_and(|flags| is_word_of(flag, flags));
+        let steady = has("constant_tsc") && has("nonstop_tsc") && is_word_of("tsc", clocks);
+        // Two loops for each count.
+        let loops: Option<f64> = value("bogomips").and_then(|value| value.parse().ok());
         Self {
             identity: identity.cloned().collect::<Vec<_>>().join("\n"),
-            steady_counter: has("constant_tsc") && has("nonstop_tsc"),
+            counter_mhz: loops.filter(|_| steady).map(|loops| (loops / 2.0).round() as u32),
         }
     }
+}
+
+fn is_word_of(word: &str, text: &str) -> bool {
+    text.split_ascii_whitespace().any(|one| one == word)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn processor(flags: &str) -> Processor {
-        let text = format!("processor\t: 0\nmodel name\t: Some\ncpu MHz\t\t: 2100.000\nflags\t\t: {flags}");
-        Processor::parse(&text.lines().map(str::to_owned).collect::<Vec<_>>())
+    fn processor(flags: &str, clocks: &str) -> Processor {
+        let text =
+            format!("processor\t: 0\nmodel\t\t: 6\ncpu MHz\t\t: 1800.000\nflags\t\t: {flags}\nbogomips\t: 4199.98");
+        Processor::parse(&text.lines().map(str::to_owned).collect::<Vec<_>>(), clocks)
     }
 
     #[rstest::rstest]
-    #[case::both("fpu constant_tsc nonstop_tsc", true)]
-    #[case::may_stop("fpu constant_tsc", false)]
-    #[case::may_change("fpu nonstop_tsc", false)]
-    #[case::none("fpu tsc", false)]
-    fn a_counter_is_a_clock_when_it_never_changes_its_pace(#[case] flags: &str, #[case] steady: bool) {
-        assert_eq!(processor(flags).steady_counter, steady);
+    #[case::steady("fpu constant_tsc nonstop_tsc", "kvm-clock tsc acpi_pm", Some(2100))]
+    #[case::not_trusted("fpu constant_tsc nonstop_tsc", "hpet acpi_pm", None)]
+    #[case::may_stop("fpu constant_tsc", "tsc", None)]
+    #[case::may_change("fpu nonstop_tsc", "tsc", None)]
+    #[case::none("fpu tsc", "tsc", None)]
+    fn a_counter_is_a_clock_when_it_never_changes_its_pace(
+        #[case] flags: &str,
+        #[case] clocks: &str,
+        #[case] expected: Option<u32>,
+    ) {
+        assert_eq!(processor(flags, clocks).counter_mhz, expected);
     }
 
     #[test]
     fn what_changes_from_moment_to_moment_is_no_part_of_the_identity() {
-        assert_eq!(processor("fpu tsc").identity, "model name\t: Some\nflags\t\t: fpu tsc");
+        assert_eq!(processor("fpu tsc", "tsc").identity, "model\t\t: 6\nflags\t\t: fpu tsc");
     }
 
     #[test]

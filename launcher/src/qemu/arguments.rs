@@ -271,7 +271,7 @@ fn ignition(line: &mut Line, machine: &Machine, descriptors: &Descriptors) {
 fn kernel_arguments(machine: &Machine, host: &Host, of_the_start: String) -> String {
     // With -no-reboot a panic thus ends QEMU at once, rather than leave a dead machine that looks alive.
     let mut ours = vec!["panic=-1".to_owned(), of_the_start];
-    if host.acceleration == Acceleration::Tcg && host.processor.steady_counter {
+    if host.acceleration == Acceleration::Tcg && host.processor.counter_mhz.is_some() {
         ours.push(COUNTER_IS_CLOCK.to_owned());
     }
     if matches!(machine.network, Network::User { .. }) {
@@ -409,7 +409,7 @@ mod tests {
             acceleration,
             processor: Processor {
                 identity: String::new(),
-                steady_counter,
+                counter_mhz: steady_counter.then_some(2100),
             },
         }
     }

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::TemplateError;
 use crate::{
-    accel::Host,
+    accel::{Acceleration, Host},
     carriage::Carriage,
     machine::Machine,
     qemu::{
@@ -74,7 +74,11 @@ impl Key {
         for file in [qemu.0, &guest.kernel, &guest.initramfs, &guest.root, agent_disk] {
             add("file", identity(file)?.as_bytes());
         }
-        add("processor", host.processor.identity.as_bytes());
+        match host.acceleration {
+            Acceleration::Kvm => add("processor", host.processor.identity.as_bytes()),
+            // The guest has measured it.
+            Acceleration::Tcg => add("counter", &host.processor.counter_mhz.unwrap_or_default().to_le_bytes()),
+        }
         let digest = hash.finalize();
         Ok(Self(digest[..16].iter().map(|byte| format!("{byte:02x}")).collect()))
     }
@@ -129,7 +133,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::accel::{Acceleration, Processor};
+    use crate::accel::Processor;
     use crate::machine::tests::machine;
 
     /// A machine of files that are there, and the agent's disk.
@@ -146,20 +150,24 @@ mod tests {
         (machine, file("agent"))
     }
 
-    fn host(processor: &str) -> Host {
+    fn host(acceleration: Acceleration, processor: &str, counter_mhz: u32) -> Host {
         Host {
-            acceleration: Acceleration::Tcg,
+            acceleration,
             processor: Processor {
                 identity: processor.to_owned(),
-                steady_counter: true,
+                counter_mhz: Some(counter_mhz),
             },
         }
     }
 
     fn key(machine: &Machine, ignition: &str, agent: &Path) -> Key {
+        key_on(&host(Acceleration::Tcg, "one", 2100), machine, ignition, agent)
+    }
+
+    fn key_on(host: &Host, machine: &Machine, ignition: &str, agent: &Path) -> Key {
         let ignition = Carriage::FwCfg(ignition.to_owned());
         let qemu = (Path::new("/proc/self/exe"), Version { major: 7, minor: 2 });
-        Key::of(machine, &ignition, &host("one"), qemu, agent).unwrap()
+        Key::of(machine, &ignition, host, qemu, agent).unwrap()
     }
 
     #[test]
@@ -188,6 +196,13 @@ mod tests {
             key(&talkative, "{}", &agent),
             key(&machine, "{ }", &agent),
         ];
+        let on =
+            |acceleration, processor, counter| key_on(&host(acceleration, processor, counter), &machine, "{}", &agent);
+        keys.push(on(Acceleration::Tcg, "one", 2400));
+        keys.push(on(Acceleration::Kvm, "one", 2100));
+        keys.push(on(Acceleration::Kvm, "other", 2100));
+        // Of another processor that counts alike the translated guest knows nothing.
+        assert_eq!(on(Acceleration::Tcg, "other", 2100), keys[0]);
         std::fs::write(&machine.guest.root, "other").unwrap();
         keys.push(key(&machine, "{}", &agent));
         let count = keys.len();

@@ -41,6 +41,19 @@ pub fn present(variable: &str, default: PathBuf, advice: &str) -> PathBuf {
     path
 }
 
+/// A program that is a script. Another process writes it: one that this process starts meanwhile would have it open for writing, and what is
+/// cannot be executed (execve(2), ETXTBSY).
+pub fn script(path: &Path, text: &str) {
+    let write = "printf %s \"$1\" >\"$0\" && chmod 755 \"$0\"";
+    let status = std::process::Command::new("sh")
+        .arg("-c")
+        .arg(write)
+        .arg(path)
+        .arg(text)
+        .status();
+    assert!(status.unwrap().success());
+}
+
 pub mod container;
 pub mod spec;
 
@@ -81,7 +94,7 @@ impl Place {
         Self::with(clone_mode, TURNS.free.acquire().await.unwrap())
     }
 
-    /// The same with all processors to itself: for many machines at once, or for what is measured.
+    /// The same with all processors to itself: for many machines at once.
     pub async fn alone(clone_mode: CloneModeChoice) -> Self {
         Self::with(clone_mode, TURNS.free.acquire_many(TURNS.all).await.unwrap())
     }
