@@ -80,6 +80,11 @@ pub(super) fn create(
         .with_detach(true)
         .build()
         .map_err(|error| chain(&error))?;
+    if console.is_some()
+        && let (Some(init), Some(process)) = (container.pid(), spec.process())
+    {
+        users::give_terminal(init.as_raw(), process.user(), mappings);
+    }
     Ok(container.pid().map_or(0, |pid| pid.as_raw()))
 }
 

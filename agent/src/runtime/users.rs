@@ -13,7 +13,7 @@ use coreos_kvm_proto::agent as proto;
 use libcontainer::syscall::syscall::create_syscall;
 use nix::{
     sched::{CloneFlags, setns},
-    unistd::{Gid, Pid, Uid, setgroups, setresgid, setresuid},
+    unistd::{Gid, Pid, Uid, chown, setgroups, setresgid, setresuid},
 };
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec, User};
 use rustix::fs::{FileType, fchown, fstat};
@@ -199,11 +199,7 @@ fn of_the_guest(mut mount: Mount) -> Mount {
 /// Has the standard streams that are pipes belong to who reads and writes them, who could else not open them by their names,
 /// /dev/stdin and the like.
 pub(super) fn give_streams(user: &User, users: Option<IdMappings>) {
-    let owner = match users {
-        None => Some(user.uid()),
-        Some(mappings) => mappings.uids.outside(user.uid()),
-    };
-    let Some(owner) = owner.filter(|owner| *owner != 0) else {
+    let Some(owner) = owner(user, users) else {
         return;
     };
     let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
@@ -214,6 +210,22 @@ pub(super) fn give_streams(user: &User, users: Option<IdMappings>) {
             let _ = fchown(stream, Some(rustix::process::Uid::from_raw(owner)), None);
         }
     }
+}
+
+/// The same with the terminal of a container's init that has not been started.
+pub(super) fn give_terminal(init: i32, user: &User, users: Option<IdMappings>) {
+    if let Some(owner) = owner(user, users) {
+        let _ = chown(format!("/proc/{init}/fd/0").as_str(), Some(Uid::from_raw(owner)), None);
+    }
+}
+
+/// Who the user is in the guest; None for its root, to whom all belongs anyway.
+fn owner(user: &User, users: Option<IdMappings>) -> Option<u32> {
+    let owner = match users {
+        None => Some(user.uid()),
+        Some(mappings) => mappings.uids.outside(user.uid()),
+    };
+    owner.filter(|owner| *owner != 0)
 }
 
 #[cfg(test)]

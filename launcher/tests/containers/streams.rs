@@ -80,6 +80,23 @@ pub(crate) async fn a_terminal_is_one(bed: Bed<'_>) {
     bed.remove("terminal").await;
 }
 
+pub(crate) async fn a_terminal_belongs_to_who_is_at_it(bed: Bed<'_>) {
+    // Who it does not belong to may not open it by its name.
+    let script = "ls -ln $(tty) >/dev/stdout";
+    let user = |spec: &mut serde_json::Value| {
+        spec["process"]["terminal"] = json!(true);
+        spec["process"]["user"] = json!({ "uid": 1000, "gid": 1000 });
+    };
+    bed.create("somebody", &["sh", "-c", script], TERMINAL, user)
+        .await
+        .unwrap();
+    let stdout = bed.agent().output(init("somebody"), false).await.unwrap();
+    bed.agent().start_process(init("somebody")).await.unwrap();
+    let listed = text(stdout).await;
+    assert_eq!(listed.split_whitespace().nth(2), Some("1000"), "{listed}");
+    bed.remove("somebody").await;
+}
+
 pub(crate) async fn a_terminal_of_a_further_process_is_one(bed: Bed<'_>) {
     bed.start_idle("desk").await;
     let name = exec("desk", "terminal");
