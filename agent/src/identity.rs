@@ -39,9 +39,24 @@ fn set_clock(wall_ns: i64) -> Result<(), AgentError> {
         .map_err(AgentError::failed("setting the clock failed"))
 }
 
-/// Adds so many nanoseconds to the wall clock, and answers what it then is.
-pub(crate) fn adjust_clock(by_ns: i64) -> Result<i64, AgentError> {
-    if by_ns != 0 {
+/// Has the clock run faster or slower until it has made up for that: adjtimex(2), `ADJ_OFFSET_SINGLESHOT`.
+fn slew_clock(by_ns: i64) -> Result<(), AgentError> {
+    // SAFETY: a structure of integers.
+    let mut change: libc::timex = unsafe { std::mem::zeroed() };
+    change.modes = libc::ADJ_OFFSET_SINGLESHOT;
+    change.offset = by_ns / 1000;
+    // SAFETY: the kernel reads and writes the structure, which lives longer than the call.
+    let result = nix::Error::result(unsafe { libc::adjtimex(&raw mut change) });
+    result
+        .map(drop)
+        .map_err(AgentError::failed("adjusting the clock failed"))
+}
+
+/// Adds so many nanoseconds to the wall clock, at once or bit by bit, and answers what it then is.
+pub(crate) fn adjust_clock(by_ns: i64, slowly: bool) -> Result<i64, AgentError> {
+    if by_ns != 0 && slowly {
+        slew_clock(by_ns)?;
+    } else if by_ns != 0 {
         let wanted = clock_ns()?.checked_add(by_ns).filter(|wanted| *wanted >= 0);
         set_clock(wanted.ok_or_else(|| AgentError::InvalidArgument(format!("{by_ns} ns lead out of time")))?)?;
     }

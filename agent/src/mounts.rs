@@ -4,7 +4,7 @@ use std::{
     fs::DirBuilder,
     io,
     os::unix::fs::{DirBuilderExt, chown},
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use nix::mount::{MsFlags, mount};
@@ -32,26 +32,45 @@ impl Shm {
     /// reads the list of mounts at each change, needs not look.
     pub(crate) fn mount(&self, size: u64) -> Result<(), AgentError> {
         let size = if size == 0 { SHM_SIZE } else { size };
-        let mut mounted = self.mounted.lock().unwrap_or_else(PoisonError::into_inner);
-        let again = match *mounted {
-            Some(there) if there == size => return Ok(()),
-            Some(_) => MsFlags::MS_REMOUNT,
-            None => {
-                make(SHM, 0o1777)?;
-                MsFlags::empty()
-            }
-        };
-        let options = format!("mode=1777,size={size}");
-        mount(Some("shm"), SHM, Some("tmpfs"), FLAGS | again, Some(options.as_str()))
-            .map_err(AgentError::failed("mounting the pod's /dev/shm failed"))?;
-        *mounted = Some(size);
-        Ok(())
+        let mut mounted = self.mounted();
+        if *mounted == Some(size) {
+            return Ok(());
+        }
+        set_size(&mut mounted, size)
+    }
+
+    /// Has it hold so many bytes at least.
+    pub(crate) fn hold(&self, size: u64) -> Result<(), AgentError> {
+        let mut mounted = self.mounted();
+        if mounted.is_some_and(|there| there >= size) {
+            return Ok(());
+        }
+        set_size(&mut mounted, size.max(SHM_SIZE))
+    }
+
+    fn mounted(&self) -> MutexGuard<'_, Option<u64>> {
+        self.mounted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has it belong to this user and this group, rather than to the guest's root.
     pub(crate) fn give(&self, (user, group): (u32, u32)) -> Result<(), AgentError> {
         chown(SHM, Some(user), Some(group)).map_err(AgentError::failed("giving the pod its /dev/shm failed"))
     }
+}
+
+fn set_size(mounted: &mut Option<u64>, size: u64) -> Result<(), AgentError> {
+    let again = match mounted {
+        Some(_) => MsFlags::MS_REMOUNT,
+        None => {
+            make(SHM, 0o1777)?;
+            MsFlags::empty()
+        }
+    };
+    let options = format!("mode=1777,size={size}");
+    mount(Some("shm"), SHM, Some("tmpfs"), FLAGS | again, Some(options.as_str()))
+        .map_err(AgentError::failed("mounting the pod's /dev/shm failed"))?;
+    *mounted = Some(size);
+    Ok(())
 }
 
 /// Makes the pod's /dev/mqueue, which is the guest's.

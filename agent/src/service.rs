@@ -91,7 +91,7 @@ impl Agent for Service {
         request: proto::AdjustClockRequest,
     ) -> Answer<proto::AdjustClockResponse> {
         Ok(proto::AdjustClockResponse {
-            wall_clock_ns: identity::adjust_clock(request.by_ns)?,
+            wall_clock_ns: identity::adjust_clock(request.by_ns, request.slowly)?,
             ..Default::default()
         })
     }
@@ -124,6 +124,7 @@ impl Agent for Service {
             _ => Processes::Own,
         };
         let begin = Instant::now();
+        self.shm.hold(request.shm_size)?;
         let made = self
             .containers
             .create(&request.container_id, &request.spec, streams, processes);

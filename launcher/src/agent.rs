@@ -140,10 +140,12 @@ impl AgentClient {
         .map(drop)
     }
 
-    /// Moves the guest's wall clock by so many nanoseconds. Answers what it then is, in nanoseconds since the epoch.
-    pub async fn adjust_clock(&self, by_ns: i64) -> Result<i64, AgentError> {
+    /// Moves the guest's wall clock by so many nanoseconds, at once or half a millisecond a second. Answers what it then is, in
+    /// nanoseconds since the epoch.
+    pub async fn adjust_clock(&self, by_ns: i64, slowly: bool) -> Result<i64, AgentError> {
         let request = proto::AdjustClockRequest {
             by_ns,
+            slowly,
             ..Default::default()
         };
         let answer = self.call("adjust its clock", SHORT, async |rpc, context| {
@@ -174,13 +176,15 @@ impl AgentClient {
         .await
     }
 
-    /// Creates a container from its OCI specification (JSON, with the guest's paths). Answers the init's pid in the guest.
+    /// Creates a container from its OCI specification (JSON, with the guest's paths), for which the pod's /dev/shm holds `shm_size` bytes at
+    /// least. Answers the init's pid in the guest.
     pub async fn create_container(
         &self,
         id: &str,
         spec: Vec<u8>,
         streams: Streams,
         processes: Processes,
+        shm_size: u64,
     ) -> Result<u32, AgentError> {
         let request = proto::CreateContainerRequest {
             container_id: id.to_owned(),
@@ -191,6 +195,7 @@ impl AgentClient {
                 Processes::Pod => Some(create_container_request::Processes::OfPod(true)),
                 Processes::Container(id) => Some(create_container_request::Processes::OfContainer(id)),
             },
+            shm_size,
             ..Default::default()
         };
         let answer = self.call("create the container", LONG, async |rpc, context| {

@@ -9,7 +9,10 @@ use std::{
 };
 
 use serde::Serialize;
-use tokio::{sync::watch as channel, task::JoinHandle};
+use tokio::{
+    sync::{Notify, watch as channel},
+    task::JoinHandle,
+};
 
 use crate::{
     accel::Acceleration,
@@ -47,7 +50,7 @@ pub struct Vm {
     record: Record,
     qmp: Qmp,
     qemu: Arc<Process>,
-    agent: AgentClient,
+    agent: Arc<AgentClient>,
     exit: channel::Receiver<Option<VmExit>>,
     supervisor: JoinHandle<()>,
     freed: tokio::sync::Mutex<bool>,
@@ -58,6 +61,8 @@ pub struct Vm {
     shared_memory: Mutex<Option<File>>,
     /// Held while the size is changed.
     sizes: tokio::sync::Mutex<resize::Sizes>,
+    /// Has the guest's clock looked at, which has stood still.
+    resumed: Arc<Notify>,
 }
 
 /// How a machine ended.
@@ -168,12 +173,14 @@ impl Vm {
         self.qmp.stop().await
     }
 
-    /// Lets them go on.
+    /// Lets them go on. The guest's clock is set soon after.
     ///
     /// # Errors
     /// When QEMU does not do it.
     pub async fn resume(&self) -> Result<(), QmpError> {
-        self.qmp.cont().await
+        self.qmp.cont().await?;
+        self.resumed.notify_one();
+        Ok(())
     }
 
     /// Ends the machine: the guest is asked to power off and has `grace` for it, half of it by the agent's word and half by

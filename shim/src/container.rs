@@ -133,13 +133,13 @@ impl Container {
         // On another thread: a root of many layers is mounted from a working directory of that thread's own.
         let mounting =
             tokio::task::spawn_blocking(move || ContainerFiles::of(&share, &id, wanted.spec, &rootfs, &root));
-        let (spec, files) = mounting
+        let (inside, files) = mounting
             .await
             .map_err(ShimError::while_doing("mounting the container's files"))??;
-        let json = serde_json::to_vec(&spec).map_err(ShimError::while_doing("writing the specification"))?;
+        let json = serde_json::to_vec(&inside.spec).map_err(ShimError::while_doing("writing the specification"))?;
         machine
             .agent()
-            .create_container(wanted.id, json, init.stdio.wanted(), wanted.processes)
+            .create_container(wanted.id, json, init.stdio.wanted(), wanted.processes, inside.shm_size)
             .await?;
         let connected = async {
             let connections = Connections::dial(machine.agent(), &init.stdio).await?;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use coreos_kvm_proto::SHARED_MOUNT;
 use oci_spec::runtime::{LinuxCpu, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Spec};
 
-use crate::{error::ShimError, userns::UserNamespace};
+use crate::{error::ShimError, shm, userns::UserNamespace};
 
 /// Where the guest has the /dev/shm of the pod.
 const GUEST_SHM: &str = "/run/coreos-kvm/shm";
@@ -57,6 +57,8 @@ pub(crate) enum Access {
 pub(crate) struct GuestSpec {
     pub(crate) spec: Spec,
     pub(crate) volumes: Vec<Volume>,
+    /// What the pod's /dev/shm has to hold for it, in bytes.
+    pub(crate) shm_size: u64,
 }
 
 /// Directory of the container's root, below its part of the shared directory.
@@ -86,7 +88,7 @@ const FROM_THE_HOST: [&str; 4] = ["shared", "rshared", "slave", "rslave"];
 /// When the container asks for what cannot be had inside a guest; with the way out.
 pub(crate) fn of(id: &str, mut spec: Spec, has_mounts_below: impl Fn(&Path) -> bool) -> Result<GuestSpec, ShimError> {
     let there = Path::new(SHARED_MOUNT).join(id);
-    let mut volumes = Vec::new();
+    let (mut volumes, mut shm_size) = (Vec::new(), 0);
 
     if let Some(mut root) = spec.root().clone() {
         root.set_path(there.join(ROOTFS));
@@ -95,7 +97,7 @@ pub(crate) fn of(id: &str, mut spec: Spec, has_mounts_below: impl Fn(&Path) -> b
     if let Some(mounts) = spec.mounts().clone() {
         let mounts = mounts
             .into_iter()
-            .map(|mount| adapt_mount(mount, &there, &mut volumes, &has_mounts_below));
+            .map(|mount| adapt_mount(mount, &there, &mut volumes, &mut shm_size, &has_mounts_below));
         spec.set_mounts(Some(mounts.collect::<Result<_, _>>()?));
     }
     if let Some(mut linux) = spec.linux().clone() {
@@ -131,7 +133,11 @@ pub(crate) fn of(id: &str, mut spec: Spec, has_mounts_below: impl Fn(&Path) -> b
     spec.set_hooks(None).set_annotations(None);
     // The guest has it already, and it is the pod's to set.
     spec.set_hostname(None).set_domainname(None);
-    Ok(GuestSpec { spec, volumes })
+    Ok(GuestSpec {
+        spec,
+        volumes,
+        shm_size,
+    })
 }
 
 /// Whether the container is to be in the process namespace of others. The path is no help in finding out whose: to the host all
@@ -173,6 +179,7 @@ fn adapt_mount(
     mut mount: Mount,
     there: &Path,
     volumes: &mut Vec<Volume>,
+    shm_size: &mut u64,
     has_mounts_below: impl Fn(&Path) -> bool,
 ) -> Result<Mount, ShimError> {
     let options = mount.options().clone().unwrap_or_default();
@@ -192,8 +199,13 @@ fn adapt_mount(
         .into_iter()
         .filter(|option| !PROPAGATION.contains(&option.as_str()) && !OWNERS.contains(&option.as_str()))
         .collect::<Vec<_>>();
-    if mount.destination() == Path::new("/dev/shm") {
+    let shm = match mount.destination() == Path::new("/dev/shm") {
+        true => shm::size(&source)?,
+        false => None,
+    };
+    if let Some(size) = shm {
         mount.set_source(Some(GUEST_SHM.into()));
+        *shm_size = size.max(*shm_size);
     } else {
         let name = format!("{VOLUMES}/{}", volumes.len());
         let has = |word: &str| options.iter().any(|option| option == word);
@@ -279,7 +291,7 @@ mod tests {
             "hooks": {"prestart": [{"path": "/usr/bin/hook"}]},
             "mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"]},
-                {"destination": "/dev/shm", "type": "bind", "source": "/run/k3s/shm", "options": ["rbind", "ro"]},
+                {"destination": "/dev/shm", "type": "bind", "source": "/run/k3s/sandboxes/web-0/shm", "options": ["rbind", "ro"]},
                 {"destination": "/etc/hosts", "type": "bind", "source": "/var/lib/kubelet/hosts", "options": ["rbind", "rprivate", "rw"]},
                 {"destination": "/etc/secret", "type": "bind", "source": "/var/lib/kubelet/secret", "options": ["rbind", "ro"]},
             ],

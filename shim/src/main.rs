@@ -39,6 +39,7 @@ mod rootfs;
 mod sandbox;
 mod serve;
 mod service;
+mod shm;
 mod streams;
 #[cfg(test)]
 mod tests;

@@ -22,7 +22,7 @@ use rustix::{
 
 use crate::{
     error::ShimError,
-    guestspec::{self, Access, Below, Owners, ROOTFS, Volume},
+    guestspec::{self, Access, Below, GuestSpec, Owners, ROOTFS, Volume},
     idmap::{self, Files, Mappings},
 };
 
@@ -55,10 +55,11 @@ impl ContainerFiles {
         spec: Spec,
         rootfs: &[Mount],
         root: &Path,
-    ) -> Result<(Spec, Self), ShimError> {
+    ) -> Result<(GuestSpec, Self), ShimError> {
         let points = mountinfo::mount_points().map_err(ShimError::while_doing("listing the mounts"))?;
         let guest = guestspec::of(id, spec, |path| is_above(path, &points))?;
-        Ok((guest.spec, Self::mount(share, id, rootfs, root, &guest.volumes)?))
+        let files = Self::mount(share, id, rootfs, root, &guest.volumes)?;
+        Ok((guest, files))
     }
 
     /// Mounts the root file system (`rootfs` as containerd describes it, or else the directory `root`) and the volumes below

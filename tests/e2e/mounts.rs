@@ -1,4 +1,4 @@
-//! What the node has mounted below a volume: what of it a container sees, and that it stays the node's.
+//! Volumes that are more than a folder: what the node has mounted below one, and what is mounted at /dev/shm.
 
 use std::path::Path;
 use std::process::Command;
@@ -15,10 +15,55 @@ use crate::lab::{Lab, Running, Together, eventually};
 const BOUND: Duration = Duration::from_secs(30);
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
-    vec![lab.trial(
-        "what the node mounts below a volume shows where that is asked for, and stays the node's",
-        below_a_volume,
-    )]
+    vec![
+        lab.trial(
+            "what the node mounts below a volume shows where that is asked for, and stays the node's",
+            below_a_volume,
+        ),
+        lab.trial(
+            "a volume at /dev/shm is there: its files, or as much memory as it has",
+            at_dev_shm,
+        ),
+    ]
+}
+
+fn at_dev_shm(lab: &Together<'_>) -> Result<()> {
+    let folder = lab.node.place().base().join("shm");
+    // Named as the kubelet names them.
+    let make = "mkdir -p $0/disk $0/kubernetes.io~empty-dir/memory && echo of-the-node >$0/disk/file \
+        && mount -t tmpfs -o size=80m none $0/kubernetes.io~empty-dir/memory";
+    on_node(lab, &folder, make)?;
+    let tried = files_or_memory(lab, &folder);
+    let unmounted = on_node(lab, &folder, "umount $0/kubernetes.io~empty-dir/memory && rm -r $0");
+    tried.and(unmounted)
+}
+
+fn files_or_memory(lab: &Together<'_>, folder: &Path) -> Result<()> {
+    let idle = |name, volume: &str| {
+        let container = Container::new(name, BUSYBOX).command(&["sleep", "2147483647"]);
+        container.host_path(&folder.join(volume), "/dev/shm", false)
+    };
+    let (disk, memory) = (idle("disk", "disk"), idle("memory", "kubernetes.io~empty-dir/memory"));
+    let (disk, memory) = (lab.running(&disk)?, lab.running(&memory)?);
+    let run = |container: &Running<'_>, script: &str| {
+        let outcome = lab.exec(&container.id, &["sh", "-c", script])?;
+        ensure!(outcome.exit_code == 0, "{script}: {}", outcome.stderr);
+        Ok(outcome.stdout)
+    };
+    let found = run(&disk, "cat /dev/shm/file && echo of-the-guest >/dev/shm/file")?;
+    ensure!(found == "of-the-node\n", "the volume has {found:?}");
+    on_node(lab, folder, "test of-the-guest = \"$(cat $0/disk/file)\"")?;
+    // More than a pod has without.
+    let wrote = run(
+        &memory,
+        "head -c 75497472 /dev/zero >/dev/shm/much && rm /dev/shm/much && df -m /dev/shm",
+    )?;
+    ensure!(wrote.contains(" 80 "), "not as large as the volume: {wrote}");
+    for container in [disk, memory] {
+        lab.stop(&container.id, Duration::ZERO)?;
+        lab.remove(&container.id)?;
+    }
+    Ok(())
 }
 
 fn below_a_volume(lab: &Together<'_>) -> Result<()> {

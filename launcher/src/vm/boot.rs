@@ -1,9 +1,16 @@
 //! Bringing a machine up, as a clone where it can be one and else by booting; and all of it undone when one thing fails or the
 //! caller goes away.
 
-use std::{path::Path, sync::Mutex, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
-use tokio::{sync::watch, task::JoinError};
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinError,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -205,7 +212,7 @@ async fn bring_up(
         state.write(record)?;
     }
     watch.during(async { Ok(ready.greeted().await?) }).await?;
-    let agent = AgentClient::new(dialer);
+    let agent = Arc::new(AgentClient::new(dialer));
     let configured = async {
         clock::synchronize(&agent).await?;
         if let Some(network) = &network {
@@ -226,6 +233,9 @@ async fn bring_up(
         let exit = watch.end().await;
         ended.send_replace(Some(exit));
     });
+    let resumed = Arc::new(Notify::new());
+    let clock = clock::keep(machine.id.clone(), agent.clone(), resumed.clone(), exit.clone());
+    tokio::spawn(clock);
     Ok(Vm {
         id: machine.id.clone(),
         state: state.clone(),
@@ -241,6 +251,7 @@ async fn bring_up(
         _ports: ports,
         shared_memory: Mutex::new(shared_memory),
         sizes: tokio::sync::Mutex::new(Sizes::of(machine)),
+        resumed,
     })
 }
 

@@ -121,7 +121,7 @@ impl<'a> Bed<'a> {
         let mut spec = spec::container(&self.root(id), args);
         change(&mut spec);
         self.agent()
-            .create_container(id, spec.to_string().into_bytes(), streams, Processes::Own)
+            .create_container(id, spec.to_string().into_bytes(), streams, Processes::Own, 0)
             .await
     }
 

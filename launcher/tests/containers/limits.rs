@@ -1,5 +1,7 @@
 //! What containers and the agent use, may use, and how fast that goes.
 
+use std::time::UNIX_EPOCH;
+
 use super::*;
 
 pub(crate) async fn a_process_killed_for_want_of_memory_is_told(bed: Bed<'_>) {
@@ -11,6 +13,26 @@ pub(crate) async fn a_process_killed_for_want_of_memory_is_told(bed: Bed<'_>) {
     assert_eq!((outcome.status, exit.oom_killed), (137, true), "{outcome:?}");
     let (_, exit) = bed.run("modest", &["true"], limit).await;
     assert!(!exit.oom_killed);
+}
+
+pub(crate) async fn the_clock_is_right_again_after_a_pause(bed: Bed<'_>) {
+    let now = || i64::try_from(UNIX_EPOCH.elapsed().unwrap().as_nanos()).unwrap();
+    let slack = 50_000_000;
+    bed.vm.pause().await.unwrap();
+    // What its clock is then behind by.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    bed.vm.resume().await.unwrap();
+    let right = async {
+        loop {
+            let before = now();
+            let guest = bed.agent().adjust_clock(0, false).await.unwrap();
+            if (before - slack..now() + slack).contains(&guest) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    bound(right).await;
 }
 
 pub(crate) async fn a_container_is_measured_limited_and_paused(bed: Bed<'_>) {

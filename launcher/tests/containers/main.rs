@@ -114,6 +114,7 @@ async fn containers_in_a_guest_are_what_their_specifications_say(#[case] cloneab
         stdin_ends_when_the_host_says_so,
         a_further_process_reads_and_prints,
         a_terminal_is_one,
+        a_terminal_belongs_to_who_is_at_it,
         a_terminal_of_a_further_process_is_one,
         signals_reach_one_process_or_all,
         a_slow_reader_holds_back_its_writer_and_nothing_is_lost,
@@ -121,6 +122,7 @@ async fn containers_in_a_guest_are_what_their_specifications_say(#[case] cloneab
         a_folder_to_start_in_is_made,
         what_cannot_be_run_is_named,
         a_container_is_measured_limited_and_paused,
+        the_clock_is_right_again_after_a_pause,
         names_and_states_are_checked,
         a_container_that_never_started_can_be_deleted,
         many_containers_at_once,
@@ -300,7 +302,7 @@ async fn names_and_states_are_checked(bed: Bed<'_>) {
     assert!(matches!(unknown, AgentError::NotFound(_)), "{unknown}");
     let garbled = bed
         .agent()
-        .create_container("garbled", b"{".to_vec(), OUTPUT, Processes::Own)
+        .create_container("garbled", b"{".to_vec(), OUTPUT, Processes::Own, 0)
         .await
         .unwrap_err();
     assert!(matches!(garbled, AgentError::InvalidArgument(_)), "{garbled}");
