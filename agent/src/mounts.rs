@@ -9,7 +9,7 @@ use std::{
 
 use nix::mount::{MsFlags, mount};
 
-use crate::error::AgentError;
+use crate::{error::AgentError, size};
 
 /// Where the pod's /dev/shm is; the host's specifications name it.
 pub(crate) const SHM: &str = "/run/coreos-kvm/shm";
@@ -39,8 +39,13 @@ impl Shm {
         set_size(&mut mounted, size)
     }
 
-    /// Has it hold so many bytes at least.
+    /// Has it hold so many bytes at least, as far as the guest's memory reaches.
     pub(crate) fn hold(&self, size: u64) -> Result<(), AgentError> {
+        // What is in it stays when its container is killed, and the guest has to live.
+        let size = match size > SHM_SIZE {
+            true => size.min((size::total_mib()? << 20) / 4 * 3),
+            false => size,
+        };
         let mut mounted = self.mounted();
         if mounted.is_some_and(|there| there >= size) {
             return Ok(());

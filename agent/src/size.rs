@@ -64,15 +64,28 @@ pub(crate) async fn take(vcpus: u32, memory_mib: u64) -> Result<u32, AgentError>
 /// # Errors
 /// When the kernel does not say.
 pub(crate) fn available_mib() -> Result<u64, AgentError> {
-    let text = fs::read_to_string(MEMINFO).map_err(AgentError::failed("reading how much memory is available"))?;
+    memory_mib("MemAvailable")
+}
+
+/// All memory that the kernel has, in MiB.
+///
+/// # Errors
+/// When it does not say.
+pub(crate) fn total_mib() -> Result<u64, AgentError> {
+    memory_mib("MemTotal")
+}
+
+/// By the field's name in proc_meminfo(5).
+fn memory_mib(field: &str) -> Result<u64, AgentError> {
+    let text = fs::read_to_string(MEMINFO).map_err(AgentError::failed("reading how much memory there is"))?;
     let kib = text
         .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':')?.trim().strip_suffix(" kB"));
     match kib.map(str::parse::<u64>) {
         Some(Ok(kib)) => Ok(kib >> 10),
-        _ => Err(AgentError::FailedPrecondition(
-            "the guest's kernel does not say how much memory is available".to_owned(),
-        )),
+        _ => Err(AgentError::FailedPrecondition(format!(
+            "the guest's kernel does not say its {field}"
+        ))),
     }
 }
 

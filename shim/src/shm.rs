@@ -30,8 +30,7 @@ pub(crate) fn size(source: &Path) -> Result<Option<u64>, ShimError> {
     if source.parent().is_none_or(|parent| !parent.ends_with(EMPTY_DIR)) {
         return Ok(None);
     }
-    let looking = || ShimError::while_doing(format!("looking at {}", source.display()));
-    in_memory(source).map_err(looking())
+    in_memory(source).map_err(ShimError::while_doing(format!("looking at {}", source.display())))
 }
 
 /// containerd's, for a pod: `<state>/sandboxes/<id>/shm` (`getSandboxDevShm` in its internal/cri/server).
@@ -54,7 +53,10 @@ fn in_memory(path: &Path) -> io::Result<Option<u64>> {
 
 #[cfg(test)]
 mod tests {
-    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    use nix::{
+        mount::{MsFlags, mount},
+        sched::{CloneFlags, unshare},
+    };
 
     use super::*;
 
@@ -67,17 +69,21 @@ mod tests {
         assert_eq!(size(Path::new(source)).unwrap(), expected);
     }
 
+    /// On a thread with a mount namespace of its own, which takes the mount with it.
     #[test]
     fn a_volume_in_memory_tells_how_much_it_holds() {
         let root = tempfile::tempdir().unwrap();
         let volume = root.path().join(EMPTY_DIR).join("cache");
         std::fs::create_dir_all(&volume).unwrap();
         assert_eq!(size(&volume).unwrap(), None, "it is on a disk");
-        let options = Some("size=12m");
-        mount(Some("tmpfs"), &volume, Some("tmpfs"), MsFlags::empty(), options).unwrap();
-        let found = size(&volume);
-        umount2(&volume, MntFlags::MNT_DETACH).unwrap();
-        assert_eq!(found.unwrap(), Some(12 << 20));
+        let mounted = move || {
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            let none = None::<&str>;
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+            mount(Some("none"), &volume, Some("tmpfs"), MsFlags::empty(), Some("size=12m")).unwrap();
+            size(&volume).unwrap()
+        };
+        assert_eq!(std::thread::spawn(mounted).join().unwrap(), Some(12 << 20));
     }
 
     #[test]

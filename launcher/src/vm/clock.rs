@@ -22,10 +22,14 @@ use crate::{
 const QUICK: Duration = Duration::from_millis(20);
 /// On a busy host no answer may be quick; the quickest of so many counts.
 const ATTEMPTS: u32 = 8;
-/// What a clock may be wrong by, in nanoseconds.
+/// What a clock may be wrong by when its guest comes up, in nanoseconds.
 const SLACK_NS: i64 = 2_000_000;
+/// And later: a guest with a time service of its own is left to that, as long as it agrees with the host.
+const KEPT_NS: i64 = 20_000_000;
 /// Between two looks at the clock of a running machine. A counter that is wrong by 100 millionths leads it astray by 30 ms meanwhile.
 const KEPT: Duration = Duration::from_secs(300);
+/// And when it could not be looked at.
+const AGAIN: Duration = Duration::from_secs(30);
 /// What a running clock makes up for by running faster or slower, in nanoseconds: no program sees it jump.
 const SLOWLY_NS: i64 = 100_000_000;
 
@@ -34,7 +38,11 @@ const SLOWLY_NS: i64 = 100_000_000;
 /// # Errors
 /// When the agent does not do it.
 pub(super) async fn synchronize(agent: &AgentClient) -> Result<(), AgentError> {
-    correct(agent, 0).await
+    let Look { behind, .. } = look(agent).await?;
+    if behind.saturating_abs() > SLACK_NS {
+        set(agent, behind, false).await?;
+    }
+    Ok(())
 }
 
 /// Keeps it right until the machine ends, and has a look as often as it is woken.
@@ -44,47 +52,98 @@ pub(super) async fn keep(
     woken: Arc<Notify>,
     mut exit: watch::Receiver<Option<VmExit>>,
 ) {
+    let mut next = KEPT;
     loop {
         tokio::select! {
-            () = sleep(KEPT) => {}
+            () = sleep(next) => {}
             () = woken.notified() => {}
             _ = exit.wait_for(Option::is_some) => return,
         }
+        next = KEPT;
         // Of one that is paused, for example.
-        if let Err(error) = correct(&agent, SLOWLY_NS).await {
+        if let Err(error) = correct(&agent).await {
             tracing::debug!(%machine, %error, "the guest's clock is not looked at");
+            next = AGAIN;
         }
     }
 }
 
-/// What is less than `slowly_ns` is corrected slowly.
-async fn correct(agent: &AgentClient, slowly_ns: i64) -> Result<(), AgentError> {
-    let mut best: Option<(Duration, i64)> = None;
+async fn correct(agent: &AgentClient) -> Result<(), AgentError> {
+    let look = look(agent).await?;
+    match look.correction() {
+        Some(slowly) => set(agent, look.behind, slowly).await,
+        None => Ok(()),
+    }
+}
+
+/// How far the guest's clock is behind the host's, and how wrong that may be, in nanoseconds.
+#[derive(Debug, Clone, Copy)]
+struct Look {
+    behind: i64,
+    uncertain: i64,
+}
+
+impl Look {
+    /// Whether a running clock is to be corrected slowly or at once; None for one that is right, as far as can be seen.
+    fn correction(self) -> Option<bool> {
+        let wrong = self.behind.saturating_abs();
+        (wrong > KEPT_NS.max(self.uncertain)).then(|| wrong <= SLOWLY_NS.saturating_add(self.uncertain))
+    }
+}
+
+async fn look(agent: &AgentClient) -> Result<Look, AgentError> {
+    let mut best: Option<Look> = None;
     for _ in 0..ATTEMPTS {
         let (wall, begin) = (now_ns(), Instant::now());
         let guest = agent.adjust_clock(0, false).await?;
         let took = begin.elapsed();
-        let half = i64::try_from(took.as_nanos() / 2).unwrap_or(i64::MAX);
-        let behind = wall.saturating_add(half).saturating_sub(guest);
-        if best.is_none_or(|(quickest, _)| took < quickest) {
-            best = Some((took, behind));
+        let uncertain = i64::try_from(took.as_nanos() / 2).unwrap_or(i64::MAX);
+        let behind = wall.saturating_add(uncertain).saturating_sub(guest);
+        if best.is_none_or(|best| uncertain < best.uncertain) {
+            best = Some(Look { behind, uncertain });
         }
         if took < QUICK {
             break;
         }
     }
-    match best {
-        Some((took, behind)) if behind.saturating_abs() > SLACK_NS => {
-            agent.adjust_clock(behind, behind.saturating_abs() < slowly_ns).await?;
-            tracing::debug!(behind_ns = behind, ?took, "the guest's clock is set");
-            Ok(())
-        }
-        _ => Ok(()),
-    }
+    Ok(best.unwrap_or(Look {
+        behind: 0,
+        uncertain: i64::MAX,
+    }))
+}
+
+async fn set(agent: &AgentClient, behind_ns: i64, slowly: bool) -> Result<(), AgentError> {
+    agent.adjust_clock(behind_ns, slowly).await?;
+    tracing::debug!(behind_ns, slowly, "the guest's clock is set");
+    Ok(())
 }
 
 /// The host's wall clock, in nanoseconds since the epoch.
 pub(super) fn now_ns() -> i64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[rstest::rstest]
+    #[case::right(1, 1, None)]
+    #[case::not_known_to_be_wrong(150, 200, None)]
+    #[case::a_little(25, 1, Some(true))]
+    #[case::a_little_ahead(-25, 1, Some(true))]
+    #[case::much(500, 1, Some(false))]
+    #[case::not_known_to_be_much(150, 60, Some(true))]
+    fn a_running_clock_is_corrected_as_far_as_it_is_known_to_be_wrong(
+        #[case] behind_ms: i64,
+        #[case] uncertain_ms: i64,
+        #[case] expected: Option<bool>,
+    ) {
+        let look = Look {
+            behind: behind_ms * 1_000_000,
+            uncertain: uncertain_ms * 1_000_000,
+        };
+        assert_eq!(look.correction(), expected);
+    }
 }
