@@ -1,6 +1,6 @@
 //! The calls of the protocol. Thin: each says what it wants of whom.
 
-use std::{sync::Arc, time::Instant};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use async_trait::async_trait;
 use coreos_kvm_proto::{
@@ -18,7 +18,7 @@ use crate::{
     network,
     reaper::Exit,
     runtime::users::IdMappings,
-    share::Share,
+    share::{self, Share},
     size, stats,
 };
 
@@ -190,6 +190,13 @@ impl Agent for Service {
             self.containers.delete(&request.container_id, &request.exec_id).await?,
             false,
         ))
+    }
+
+    async fn release_volumes(&self, _: &TtrpcContext, request: proto::ReleaseVolumesRequest) -> Answer<proto::Empty> {
+        let folders: Vec<_> = request.folders.into_iter().map(PathBuf::from).collect();
+        let released = tokio::task::spawn_blocking(move || share::let_go(&folders)).await;
+        let released = released.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+        empty(released.map_err(AgentError::failed("unmounting volumes failed")))
     }
 
     async fn list_pids(&self, _: &TtrpcContext, request: proto::ContainerRequest) -> Answer<proto::ListPidsResponse> {

@@ -10,7 +10,7 @@ use std::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::{ffi::OsStrExt as _, fs::DirBuilderExt},
     },
-    path::Path,
+    path::{Component, Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -123,18 +123,19 @@ impl Share {
     }
 }
 
-/// Lets go of what the kernel has mounted by itself below the directory for a container: each file system of the host is a mount there, which
+/// Lets go of what the kernel has mounted by itself at or below folders of the directory: each file system of the host is a mount there, which
 /// the host cannot free as long as the guest has it, and which costs time when the guest powers off. Whoever serves the files may not
-/// answer: this is nothing for a process that others wait for. Where nothing is mounted, nobody is asked.
-pub(crate) fn let_go(container_id: &str) -> io::Result<()> {
-    let folder = Path::new(SHARED_MOUNT).join(container_id);
+/// answer: this is nothing for a thread that others wait for. Where nothing is mounted, nobody is asked.
+pub(crate) fn let_go(folders: &[PathBuf]) -> io::Result<()> {
+    let folders = folders.iter().map(|folder| in_share(folder));
+    let folders = folders.collect::<io::Result<Vec<_>>>()?;
     let mounts = std::fs::read("/proc/self/mountinfo")?;
     let lines = mounts.split(|byte| *byte == b'\n');
     // White space is escaped in it (proc_pid_mountinfo(5)), which there is none of in the names that the host gives.
     let points = lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
     let mut result = Ok(());
     for point in points.map(|point| Path::new(OsStr::from_bytes(point))) {
-        if !point.starts_with(&folder) {
+        if !folders.iter().any(|folder| point.starts_with(folder)) {
             continue;
         }
         match umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
@@ -144,6 +145,16 @@ pub(crate) fn let_go(container_id: &str) -> io::Result<()> {
         }
     }
     result
+}
+
+/// Where a folder of the directory is; the directory itself is none.
+fn in_share(folder: &Path) -> io::Result<PathBuf> {
+    let is_plain = |part| matches!(part, Component::Normal(_));
+    if folder.as_os_str().is_empty() || !folder.components().all(is_plain) {
+        let problem = format!("{} is no folder of the shared directory", folder.display());
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
+    }
+    Ok(Path::new(SHARED_MOUNT).join(folder))
 }
 
 fn make_mount_point() -> io::Result<()> {
@@ -312,6 +323,15 @@ fn wait(port: &OwnedFd, event: PollFlags) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_of_the_directory_is_below_it() {
+        let volume = in_share(Path::new(".volumes/3")).unwrap();
+        assert_eq!(volume, Path::new(SHARED_MOUNT).join(".volumes/3"));
+        for other in ["", "/", "/etc", "..", "a/../..", "./"] {
+            assert!(in_share(Path::new(other)).is_err(), "{other}");
+        }
+    }
 
     #[test]
     fn a_reply_is_carried_when_it_is_there_in_full() {

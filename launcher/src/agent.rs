@@ -1,7 +1,7 @@
 //! The client of the agent inside the guest. The guest is not trusted: every call has a deadline, every answer a bound, and
 //! its words are made harmless before they reach a log or a person.
 
-use std::{future::Future, io, time::Duration};
+use std::{future::Future, io, path::PathBuf, time::Duration};
 
 use coreos_kvm_proto::{
     AGENT_PORT,
@@ -290,6 +290,19 @@ impl AgentClient {
             rpc.delete_process(context, &request).await
         });
         Ok(answer.await?.into())
+    }
+
+    /// Lets go of folders below the shared directory that no container uses any more.
+    pub async fn release_volumes(&self, folders: &[PathBuf]) -> Result<(), AgentError> {
+        let request = proto::ReleaseVolumesRequest {
+            folders: folders.iter().map(|folder| folder.display().to_string()).collect(),
+            ..Default::default()
+        };
+        self.call("let go of volumes", SHORT, async |rpc, context| {
+            rpc.release_volumes(context, &request).await
+        })
+        .await
+        .map(drop)
     }
 
     /// Processes of the container, as pids in the guest.

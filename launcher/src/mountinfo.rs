@@ -1,4 +1,4 @@
-//! Where something is mounted, as this process sees it: proc_pid_mountinfo(5).
+//! What is mounted where, as the calling thread sees it: proc_pid_mountinfo(5).
 
 use std::{
     ffi::OsString,
@@ -7,19 +7,28 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// All mount points.
+/// A mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    /// The number that statx(2) has for it, too (STATX_MNT_ID).
+    pub id: u64,
+    pub point: PathBuf,
+    /// Its own, of which the file system's are no part: `rw,nosuid`.
+    pub options: String,
+}
+
+/// All mounts.
 ///
 /// # Errors
 /// Of reading the kernel's list.
-pub fn mount_points() -> io::Result<Vec<PathBuf>> {
-    Ok(parse(&std::fs::read("/proc/self/mountinfo")?))
+pub fn mounts() -> io::Result<Vec<Mount>> {
+    Ok(parse(&std::fs::read("/proc/thread-self/mountinfo")?))
 }
 
-/// Those of the mount points that are below `folder`, which has no links in it; not itself.
-pub fn below<'a>(folder: &'a Path, mount_points: &'a [PathBuf]) -> impl Iterator<Item = &'a PathBuf> {
-    mount_points
-        .iter()
-        .filter(move |point| *point != folder && point.starts_with(folder))
+/// The mount points that are below `folder`, which has no links in it; not itself.
+pub fn below<'a>(folder: &'a Path, mounts: &'a [Mount]) -> impl Iterator<Item = &'a PathBuf> {
+    let points = mounts.iter().map(|mount| &mount.point);
+    points.filter(move |point| *point != folder && point.starts_with(folder))
 }
 
 /// Whether what is mounted below all of these paths, now or later, shows in mount namespaces that are made as slaves of this one:
@@ -28,7 +37,7 @@ pub fn below<'a>(folder: &'a Path, mount_points: &'a [PathBuf]) -> impl Iterator
 /// # Errors
 /// Of reading the kernel's list.
 pub fn are_shared(paths: &[&Path]) -> io::Result<bool> {
-    let mountinfo = std::fs::read("/proc/self/mountinfo")?;
+    let mountinfo = std::fs::read("/proc/thread-self/mountinfo")?;
     Ok(paths.iter().all(|path| is_shared(path, &mountinfo)))
 }
 
@@ -46,10 +55,17 @@ fn is_shared(path: &Path, mountinfo: &[u8]) -> bool {
     mounts.max_by_key(|(depth, _)| *depth).is_some_and(|(_, shared)| shared)
 }
 
-fn parse(mountinfo: &[u8]) -> Vec<PathBuf> {
-    let lines = mountinfo.split(|byte| *byte == b'\n');
-    let fields = lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
-    fields.map(|field| OsString::from_vec(unescape(field)).into()).collect()
+fn parse(mountinfo: &[u8]) -> Vec<Mount> {
+    mountinfo.split(|byte| *byte == b'\n').filter_map(mount).collect()
+}
+
+/// Its fields are: number, that of its parent, device, root, mount point, options.
+fn mount(line: &[u8]) -> Option<Mount> {
+    let mut fields = line.split(|byte| *byte == b' ');
+    let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+    let point = OsString::from_vec(unescape(fields.nth(3)?)).into();
+    let options = String::from_utf8_lossy(fields.next()?).into_owned();
+    Some(Mount { id, point, options })
 }
 
 /// White space and backslashes are written as three octal digits.
@@ -94,10 +110,11 @@ mod tests {
 25 21 0:21 / /run/coreos-kvm/a rw - tmpfs tmpfs rw
 26 21 0:21 / /mnt/of\xffbytes rw - tmpfs tmpfs rw
 ";
-        let points = parse(mountinfo);
-        assert_eq!(points.len(), 6);
+        let mounts = parse(mountinfo);
+        assert_eq!(mounts.len(), 6);
+        assert_eq!((mounts[2].id, &*mounts[2].options), (23, "rw"));
         assert_eq!(
-            below(Path::new("/run/coreos-kvm/a"), &points).collect::<Vec<_>>(),
+            below(Path::new("/run/coreos-kvm/a"), &mounts).collect::<Vec<_>>(),
             [
                 Path::new("/run/coreos-kvm/a/shared/c1"),
                 Path::new("/run/coreos-kvm/a/shared/with space")

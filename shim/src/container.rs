@@ -26,6 +26,7 @@ use crate::{
     guestspec,
     hypervisor::RunningMachine,
     limits::Limits,
+    pod_volumes::PodVolumes,
     podspec::Role,
     process::{Exit, KILLED, Process, State},
     rootfs::ContainerFiles,
@@ -76,6 +77,8 @@ pub(crate) struct Wanted<'a> {
     pub(crate) stdio: Stdio,
     /// Whose process namespace it is in.
     pub(crate) processes: Processes,
+    /// What the pod's containers have in common.
+    pub(crate) volumes: &'a PodVolumes,
 }
 
 impl Container {
@@ -130,25 +133,34 @@ impl Container {
         let limits = Limits::of(&wanted.spec);
         let root = root_of(wanted.bundle, &wanted.spec);
         let (share, id, rootfs) = (machine.share(), wanted.id.to_owned(), wanted.rootfs.to_vec());
+        let volumes = wanted.volumes.clone();
         // On another thread: a root of many layers is mounted from a working directory of that thread's own.
         let mounting =
-            tokio::task::spawn_blocking(move || ContainerFiles::of(&share, &id, wanted.spec, &rootfs, &root));
-        let (inside, files) = mounting
+            tokio::task::spawn_blocking(move || ContainerFiles::of(share, &volumes, &id, wanted.spec, &rootfs, &root));
+        let (inside, mut files) = mounting
             .await
             .map_err(ShimError::while_doing("mounting the container's files"))??;
-        let json = serde_json::to_vec(&inside.spec).map_err(ShimError::while_doing("writing the specification"))?;
-        machine
-            .agent()
-            .create_container(wanted.id, json, init.stdio.wanted(), wanted.processes, inside.shm_size)
-            .await?;
-        let connected = async {
-            let connections = Connections::dial(machine.agent(), &init.stdio).await?;
-            init.copies.start(init.name(), stdio, connections).await
-        };
-        if let Err(error) = connected.await {
-            if let Err(problem) = machine.agent().delete_process(init.name()).await {
-                tracing::warn!(container_id = wanted.id, %problem, "the guest still has the container");
+        let created = async {
+            let json = serde_json::to_vec(&inside.spec).map_err(ShimError::while_doing("writing the specification"))?;
+            let agent = machine.agent();
+            agent
+                .create_container(wanted.id, json, init.stdio.wanted(), wanted.processes, inside.shm_size)
+                .await?;
+            let connected = async {
+                let connections = Connections::dial(agent, &init.stdio).await?;
+                init.copies.start(init.name(), stdio, connections).await
+            };
+            if let Err(error) = connected.await {
+                if let Err(problem) = agent.delete_process(init.name()).await {
+                    tracing::warn!(container_id = wanted.id, %problem, "the guest still has the container");
+                }
+                return Err(error);
             }
+            Ok(())
+        };
+        if let Err(error) = created.await {
+            release_volumes(&*machine, wanted.id, &mut files).await;
+            unmount(wanted.id, files);
             return Err(error);
         }
         let mut container = Self::new(machine, events, wanted.bundle, wanted.role, init, limits);
@@ -584,9 +596,10 @@ impl Container {
             State::Stopped(_) => process.copies.drain().await,
             State::Created => {}
         }
+        let mut guest_forgets = false;
         if self.role != Role::Sandbox {
             match self.machine.agent().delete_process(process.name()).await {
-                Ok(_) | Err(AgentError::NotFound(_)) => {}
+                Ok(_) | Err(AgentError::NotFound(_)) => guest_forgets = true,
                 Err(error) if timeout(Duration::ZERO, self.machine.exited()).await.is_ok() => {
                     tracing::debug!(container_id = self.id, %error, "the machine has ended, and the process with it");
                 }
@@ -608,13 +621,14 @@ impl Container {
             return Ok(exit);
         }
         let files = self.files.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let unmounted = files.map_or(Ok(()), ContainerFiles::unmount);
+        if let Some(mut files) = files {
+            if guest_forgets {
+                release_volumes(&*self.machine, &self.id, &mut files).await;
+            }
+            unmount(&self.id, files);
+        }
         if self.role != Role::Member {
             self.machine.shutdown(Duration::ZERO).await?;
-        }
-        if let Err(error) = unmounted {
-            // The machine's end unmounts everything below its directory.
-            tracing::warn!(container_id = self.id, %error, "files of the container stay until its machine ends");
         }
         process.forget();
         Ok(exit)
@@ -623,6 +637,23 @@ impl Container {
     fn execs(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Process>>> {
         // Every change leaves the map whole.
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Has the guest let go of volumes that no container uses after this one.
+async fn release_volumes(machine: &dyn RunningMachine, id: &str, files: &mut ContainerFiles) {
+    let unused = files.give_up_volumes();
+    if !unused.is_empty()
+        && let Err(error) = machine.agent().release_volumes(unused).await
+    {
+        tracing::debug!(container_id = id, %error, "the guest still has volumes that no container uses");
+    }
+}
+
+/// What stays is unmounted when the machine ends.
+fn unmount(id: &str, files: ContainerFiles) {
+    if let Err(error) = files.unmount() {
+        tracing::warn!(container_id = id, %error, "files of the container stay until its machine ends");
     }
 }
 

@@ -15,11 +15,13 @@ const GUEST_SHM: &str = "/run/coreos-kvm/shm";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Volume {
     pub(crate) source: PathBuf,
-    /// Name below the container's part of the shared directory.
-    pub(crate) name: String,
+    /// Which of the container's mounts it is.
+    pub(crate) mount: usize,
     pub(crate) access: Access,
     /// Whether what is mounted below it is part of it.
     pub(crate) below: Below,
+    /// There is something now that is.
+    pub(crate) has_mounts_below: bool,
     pub(crate) owners: Owners,
 }
 
@@ -56,14 +58,25 @@ pub(crate) enum Access {
 #[derive(Debug)]
 pub(crate) struct GuestSpec {
     pub(crate) spec: Spec,
+    /// Their mounts have no source before [`Self::set_source`].
     pub(crate) volumes: Vec<Volume>,
     /// What the pod's /dev/shm has to hold for it, in bytes.
     pub(crate) shm_size: u64,
 }
 
+impl GuestSpec {
+    /// Where the guest finds one of the volumes: `path` is below the shared directory.
+    pub(crate) fn set_source(&mut self, mount: usize, path: &Path) {
+        let mut mounts = self.spec.mounts().clone().unwrap_or_default();
+        if let Some(mount) = mounts.get_mut(mount) {
+            mount.set_source(Some(Path::new(SHARED_MOUNT).join(path)));
+        }
+        self.spec.set_mounts(Some(mounts));
+    }
+}
+
 /// Directory of the container's root, below its part of the shared directory.
 pub(crate) const ROOTFS: &str = "rootfs";
-const VOLUMES: &str = "volumes";
 
 /// Options of mount(8) about propagation: to the guest a volume is one mount, whatever is mounted below it on the host.
 const PROPAGATION: [&str; 8] = [
@@ -87,17 +100,17 @@ const FROM_THE_HOST: [&str; 4] = ["shared", "rshared", "slave", "rslave"];
 /// # Errors
 /// When the container asks for what cannot be had inside a guest; with the way out.
 pub(crate) fn of(id: &str, mut spec: Spec, has_mounts_below: impl Fn(&Path) -> bool) -> Result<GuestSpec, ShimError> {
-    let there = Path::new(SHARED_MOUNT).join(id);
     let (mut volumes, mut shm_size) = (Vec::new(), 0);
 
     if let Some(mut root) = spec.root().clone() {
-        root.set_path(there.join(ROOTFS));
+        root.set_path(Path::new(SHARED_MOUNT).join(id).join(ROOTFS));
         spec.set_root(Some(root));
     }
     if let Some(mounts) = spec.mounts().clone() {
         let mounts = mounts
             .into_iter()
-            .map(|mount| adapt_mount(mount, &there, &mut volumes, &mut shm_size, &has_mounts_below));
+            .enumerate()
+            .map(|mount| adapt_mount(mount, &mut volumes, &mut shm_size, &has_mounts_below));
         spec.set_mounts(Some(mounts.collect::<Result<_, _>>()?));
     }
     if let Some(mut linux) = spec.linux().clone() {
@@ -176,8 +189,7 @@ fn namespace_of_its_own(namespace: &LinuxNamespace) -> LinuxNamespace {
 }
 
 fn adapt_mount(
-    mut mount: Mount,
-    there: &Path,
+    (number, mut mount): (usize, Mount),
     volumes: &mut Vec<Volume>,
     shm_size: &mut u64,
     has_mounts_below: impl Fn(&Path) -> bool,
@@ -207,7 +219,6 @@ fn adapt_mount(
         mount.set_source(Some(GUEST_SHM.into()));
         *shm_size = size.max(*shm_size);
     } else {
-        let name = format!("{VOLUMES}/{}", volumes.len());
         let has = |word: &str| options.iter().any(|option| option == word);
         let access = match (has("rro"), has("ro")) {
             (true, _) => Access::ReadAll,
@@ -220,16 +231,18 @@ fn adapt_mount(
             (true, true) if access != Access::ReadAll => Below::Always,
             (true, _) => Below::Now,
         };
-        if access == Access::Read && below != Below::Nothing && has_mounts_below(&source) {
+        let has_mounts_below = below != Below::Nothing && has_mounts_below(&source);
+        if access == Access::Read && has_mounts_below {
             // In the guest all of it is one mount; the host knows which are to be written to.
             options.retain(|option| option != "ro");
         }
-        mount.set_source(Some(there.join(&name)));
+        mount.set_source(None);
         volumes.push(Volume {
             source,
-            name,
+            mount: number,
             access,
             below,
+            has_mounts_below,
             owners,
         });
     }
@@ -271,10 +284,14 @@ mod tests {
 
     use super::*;
 
-    fn inside(host: Value) -> Result<(Value, Vec<Volume>), ShimError> {
-        let guest = of("c1", serde_json::from_value(host).unwrap(), |path| {
+    fn guest_spec(host: Value) -> Result<GuestSpec, ShimError> {
+        of("c1", serde_json::from_value(host).unwrap(), |path| {
             path == Path::new("/srv/with-mounts")
-        })?;
+        })
+    }
+
+    fn inside(host: Value) -> Result<(Value, Vec<Volume>), ShimError> {
+        let guest = guest_spec(host)?;
         Ok((serde_json::to_value(guest.spec).unwrap(), guest.volumes))
     }
 
@@ -310,22 +327,25 @@ mod tests {
     }
 
     #[test]
-    fn files_are_shared_under_numbers_and_read_only_stays_so() {
-        let (spec, volumes) = inside(host()).unwrap();
-        let volume = |name: &str, source: &str, access| Volume {
+    fn files_are_found_in_the_shared_directory_and_read_only_stays_so() {
+        let mut guest = guest_spec(host()).unwrap();
+        let volume = |mount, source: &str, access| Volume {
             source: source.into(),
-            name: name.to_owned(),
+            mount,
             access,
             below: Below::Now,
+            has_mounts_below: false,
             owners: Owners::Same,
         };
         assert_eq!(
-            volumes,
+            guest.volumes,
             [
-                volume("volumes/0", "/var/lib/kubelet/hosts", Access::Write),
-                volume("volumes/1", "/var/lib/kubelet/secret", Access::Read)
+                volume(2, "/var/lib/kubelet/hosts", Access::Write),
+                volume(3, "/var/lib/kubelet/secret", Access::Read)
             ]
         );
+        guest.set_source(2, Path::new("c1/volumes/0"));
+        let spec = serde_json::to_value(guest.spec).unwrap();
         let sources: Vec<_> = spec["mounts"]
             .as_array()
             .unwrap()
@@ -333,13 +353,13 @@ mod tests {
             .map(|mount| &mount["source"])
             .collect();
         assert_eq!(
-            sources,
-            [
+            json!(sources),
+            json!([
                 "proc",
                 "/run/coreos-kvm/shm",
                 "/run/coreos-kvm/shared/c1/volumes/0",
-                "/run/coreos-kvm/shared/c1/volumes/1"
-            ]
+                null
+            ])
         );
         assert_eq!(spec["mounts"][2]["options"], json!(["rbind", "rw"]));
         assert_eq!(

@@ -31,6 +31,7 @@ mod logging;
 mod metrics;
 mod options;
 mod pod;
+mod pod_volumes;
 mod podfiles;
 mod podspec;
 mod portforward;

@@ -28,6 +28,7 @@ use crate::{
     hypervisor::{Hypervisor, RunningMachine},
     limits::Limits,
     logging, options,
+    pod_volumes::PodVolumes,
     podfiles::WrittenFiles,
     podspec::{self, PodSpec, Role},
     portforward,
@@ -46,6 +47,7 @@ pub(crate) struct Pod {
     events: Events,
     config: Option<PathBuf>,
     contents: Mutex<Contents>,
+    volumes: PodVolumes,
     /// Held while limits are changed, and the machine's size with them.
     resizing: tokio::sync::Mutex<()>,
     closing: CancellationToken,
@@ -108,6 +110,7 @@ impl Pod {
             events,
             config,
             contents: Mutex::default(),
+            volumes: PodVolumes::default(),
             resizing: tokio::sync::Mutex::default(),
             closing: CancellationToken::new(),
             ending: tokio::sync::Mutex::default(),
@@ -285,6 +288,7 @@ impl Pod {
             rootfs: &request.rootfs,
             stdio,
             processes,
+            volumes: &self.volumes,
         };
         let created = Container::create(machine.clone(), events, wanted).await;
         if created.is_err() && role == Role::Alone {

@@ -24,7 +24,11 @@ use crate::{
     error::ShimError,
     guestspec::{self, Access, Below, GuestSpec, Owners, ROOTFS, Volume},
     idmap::{self, Files, Mappings},
+    pod_volumes::{PodVolumes, Use},
 };
+
+/// Of those volumes that are a container's alone.
+const VOLUMES: &str = "volumes";
 
 /// The two sides of the directory that pod and guest share: the guest can write to neither, only to what is mounted there.
 #[derive(Debug, Clone)]
@@ -38,9 +42,15 @@ pub(crate) struct Share {
 /// The mounts of one container. Dropping it unmounts them.
 #[derive(Debug)]
 pub(crate) struct ContainerFiles {
-    points: PathBuf,
-    shared: PathBuf,
+    share: Share,
+    /// The container's folder in it.
+    folder: PathBuf,
+    /// What is the container's alone, below the share.
     mounted: Vec<PathBuf>,
+    /// What is the pod's.
+    used: Vec<Use>,
+    /// What no container of the pod uses any more.
+    unused: Vec<PathBuf>,
 }
 
 impl ContainerFiles {
@@ -50,89 +60,97 @@ impl ContainerFiles {
     /// # Errors
     /// When the container cannot be had inside a guest, or something cannot be mounted.
     pub(crate) fn of(
-        share: &Share,
+        share: Share,
+        volumes: &PodVolumes,
         id: &str,
         spec: Spec,
         rootfs: &[Mount],
         root: &Path,
     ) -> Result<(GuestSpec, Self), ShimError> {
-        let points = mountinfo::mount_points().map_err(ShimError::while_doing("listing the mounts"))?;
-        let guest = guestspec::of(id, spec, |path| is_above(path, &points))?;
-        let files = Self::mount(share, id, rootfs, root, &guest.volumes)?;
+        let mounts = mountinfo::mounts().map_err(ShimError::while_doing("listing the mounts"))?;
+        let mut guest = guestspec::of(id, spec, |path| is_above(path, &mounts))?;
+        let mut files = Self {
+            share,
+            folder: id.into(),
+            mounted: Vec::new(),
+            used: Vec::new(),
+            unused: Vec::new(),
+        };
+        let mut mappings = Mappings::default();
+        make_directory(&files.share.points.join(&files.folder), 0o755)?;
+        files.mount_root(rootfs, root, &mut mappings)?;
+        for (number, volume) in guest.volumes.clone().iter().enumerate() {
+            let place = match volumes.used(volume, &mounts)? {
+                Some(used) => files.mount_for_pod(used, volume, &mut mappings)?,
+                None => files.mount_for_container(number, volume, &mut mappings)?,
+            };
+            guest.set_source(volume.mount, &place);
+        }
         Ok((guest, files))
     }
 
-    /// Mounts the root file system (`rootfs` as containerd describes it, or else the directory `root`) and the volumes below
-    /// the container's part of the share.
-    ///
-    /// # Errors
-    /// When something cannot be mounted; what was mounted before is unmounted.
-    fn mount(share: &Share, id: &str, rootfs: &[Mount], root: &Path, volumes: &[Volume]) -> Result<Self, ShimError> {
-        let mut files = Self {
-            points: share.points.join(id),
-            shared: share.shared.join(id),
-            mounted: Vec::new(),
-        };
-        let mut mappings = Mappings::default();
-        make_directory(&files.points, 0o755)?;
-        files.mount_root(rootfs, root, &mut mappings)?;
-        for volume in volumes {
-            files.mount_volume(volume, &mut mappings)?;
-        }
-        Ok(files)
-    }
-
+    /// Mounts the root file system: `rootfs` as containerd describes it, or else the directory `root`.
     fn mount_root(&mut self, rootfs: &[Mount], root: &Path, mappings: &mut Mappings) -> Result<(), ShimError> {
-        let point = self.points.join(ROOTFS);
+        let place = self.folder.join(ROOTFS);
+        let point = self.share.points.join(&place);
         make_directory(&point, 0o755)?;
-        let target = self.shared.join(ROOTFS);
+        let target = self.share.shared.join(&place);
         if rootfs.is_empty() {
             bind(root, &target, Access::Write, Below::Now, None)
                 .map_err(ShimError::while_doing(format!("sharing {}", root.display())))?;
-            self.mounted.push(target);
+            self.mounted.push(place);
             return Ok(());
         }
         for mount in rootfs {
             if let Some(tree) = idmap::root(mount, &point, mappings)? {
                 let mounting = "mounting the container's root file system";
                 idmap::attach(&tree, &target).map_err(ShimError::while_doing(mounting))?;
-                self.mounted.push(target.clone());
+                self.mounted.push(place.clone());
                 continue;
             }
             let kind = Some(mount.type_.as_str()).filter(|kind| !kind.is_empty());
             mount_rootfs(kind, Some(&mount.source), &mount.options, &target)
                 .map_err(|error| ShimError::Internal(format!("mounting the container's root file system: {error}")))?;
-            self.mounted.push(target.clone());
+            self.mounted.push(place.clone());
         }
         Ok(())
     }
 
-    fn mount_volume(&mut self, volume: &Volume, mappings: &mut Mappings) -> Result<(), ShimError> {
-        let point = self.points.join(&volume.name);
-        if let Some(parent) = point.parent() {
-            make_directory(parent, 0o755)?;
-        }
-        let sharing = || format!("sharing {}", volume.source.display());
-        let is_directory = std::fs::metadata(&volume.source)
-            .map_err(ShimError::while_doing(sharing()))?
-            .is_dir();
-        if is_directory {
-            make_directory(&point, 0o755)?;
-        } else {
-            File::create(&point).map_err(ShimError::while_doing(format!("making {}", point.display())))?;
-        }
-        let target = self.shared.join(&volume.name);
-        let owners = match volume.owners {
-            Owners::Same => None,
-            Owners::Mapped { users, below } => {
-                let namespace = mappings.namespace(users, Files::Served);
-                Some((namespace.map_err(ShimError::while_doing(sharing()))?, below))
-            }
-        };
-        bind(&volume.source, &target, volume.access, volume.below, owners)
-            .map_err(ShimError::while_doing(sharing()))?;
-        self.mounted.push(target);
-        Ok(())
+    /// Answers where below the share.
+    fn mount_for_container(
+        &mut self,
+        number: usize,
+        volume: &Volume,
+        mappings: &mut Mappings,
+    ) -> Result<PathBuf, ShimError> {
+        let place = self.folder.join(VOLUMES).join(number.to_string());
+        mount_volume(volume, &self.share, &place, mappings)?;
+        self.mounted.push(place.clone());
+        Ok(place)
+    }
+
+    fn mount_for_pod(&mut self, used: Use, volume: &Volume, mappings: &mut Mappings) -> Result<PathBuf, ShimError> {
+        let place = used.place().to_owned();
+        let mounted = used.mount(|access| {
+            let volume = Volume {
+                access,
+                ..volume.clone()
+            };
+            mount_volume(&volume, &self.share, &place, mappings).inspect_err(|_| {
+                // Whoever is next makes it again.
+                let _ = std::fs::remove_dir(self.share.points.join(&place));
+            })
+        });
+        // To be given up in any case.
+        self.used.push(used);
+        mounted.map(|()| place)
+    }
+
+    /// Gives up the volumes that are the pod's. Answers those that no container uses any more, as places below the share: they are
+    /// unmounted with the container's own, of which the guest is to have let go by then.
+    pub(crate) fn give_up_volumes(&mut self) -> &[PathBuf] {
+        self.unused.extend(self.used.drain(..).filter_map(Use::end));
+        &self.unused
     }
 
     /// Unmounts everything and removes the mount points.
@@ -144,24 +162,62 @@ impl ContainerFiles {
     }
 
     fn release(&mut self) -> Result<(), ShimError> {
+        self.give_up_volumes();
         let mut result = Ok(());
-        for target in self.mounted.drain(..).rev() {
-            // Lazily: virtiofsd holds files that the guest has open, and forgets them when the guest does.
-            let unmounted = umount2(&target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
-            let unmounted = unmounted.map_err(ShimError::while_doing(format!("unmounting {}", target.display())));
-            result = result.and(unmounted);
+        for place in self.mounted.drain(..).rev() {
+            result = result.and(detach(&self.share.shared.join(place)));
+        }
+        for place in self.unused.drain(..) {
+            let removed = detach(&self.share.shared.join(&place)).and_then(|()| {
+                let point = self.share.points.join(&place);
+                std::fs::remove_dir(&point).map_err(ShimError::while_doing(format!("removing {}", point.display())))
+            });
+            result = result.and(removed);
         }
         if result.is_ok() {
-            result = remove_mount_points(&self.points)
-                .map_err(ShimError::while_doing(format!("removing {}", self.points.display())));
+            let points = self.share.points.join(&self.folder);
+            result =
+                remove_mount_points(&points).map_err(ShimError::while_doing(format!("removing {}", points.display())));
         }
         result
     }
 }
 
+/// Mounts a volume at a place below the share.
+fn mount_volume(volume: &Volume, share: &Share, place: &Path, mappings: &mut Mappings) -> Result<(), ShimError> {
+    let point = share.points.join(place);
+    if let Some(parent) = point.parent() {
+        make_directory(parent, 0o755)?;
+    }
+    let sharing = || format!("sharing {}", volume.source.display());
+    let is_directory = std::fs::metadata(&volume.source)
+        .map_err(ShimError::while_doing(sharing()))?
+        .is_dir();
+    if is_directory {
+        make_directory(&point, 0o755)?;
+    } else {
+        File::create(&point).map_err(ShimError::while_doing(format!("making {}", point.display())))?;
+    }
+    let owners = match volume.owners {
+        Owners::Same => None,
+        Owners::Mapped { users, below } => {
+            let namespace = mappings.namespace(users, Files::Served);
+            Some((namespace.map_err(ShimError::while_doing(sharing()))?, below))
+        }
+    };
+    let target = share.shared.join(place);
+    bind(&volume.source, &target, volume.access, volume.below, owners).map_err(ShimError::while_doing(sharing()))
+}
+
+/// Lazily: virtiofsd holds files that the guest has open, and forgets them when the guest does.
+fn detach(target: &Path) -> Result<(), ShimError> {
+    umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
+        .map_err(ShimError::while_doing(format!("unmounting {}", target.display())))
+}
+
 impl Drop for ContainerFiles {
     fn drop(&mut self) {
-        if self.points.exists()
+        if self.share.points.join(&self.folder).exists()
             && let Err(error) = self.release()
         {
             tracing::warn!(%error, "a container's files stay mounted until its machine ends");
@@ -272,9 +328,9 @@ pub(crate) fn set_attributes(tree: &OwnedFd, recursive: libc::c_int, attributes:
 }
 
 /// Whether one of the mount points is below the path, wherever that leads.
-fn is_above(path: &Path, mount_points: &[PathBuf]) -> bool {
+fn is_above(path: &Path, mounts: &[mountinfo::Mount]) -> bool {
     let Ok(path) = path.canonicalize() else { return false };
-    mountinfo::below(&path, mount_points).next().is_some()
+    mountinfo::below(&path, mounts).next().is_some()
 }
 
 fn make_directory(path: &Path, mode: u32) -> Result<(), ShimError> {
@@ -288,7 +344,7 @@ fn make_directory(path: &Path, mode: u32) -> Result<(), ShimError> {
         )))
 }
 
-/// Removes what [`ContainerFiles::mount`] has made, level by level: no directory that still has something in it goes, so that
+/// Removes what [`ContainerFiles::of`] has made, level by level: no directory that still has something in it goes, so that
 /// no file of a mount is ever taken for a mount point.
 fn remove_mount_points(directory: &Path) -> io::Result<()> {
     let entries = match std::fs::read_dir(directory) {
@@ -302,7 +358,7 @@ fn remove_mount_points(directory: &Path) -> io::Result<()> {
             std::fs::remove_file(path)?;
             continue;
         }
-        if entry.file_name() == "volumes" {
+        if entry.file_name() == VOLUMES {
             for volume in std::fs::read_dir(&path)? {
                 let volume = volume?;
                 if volume.file_type()?.is_dir() {
@@ -334,9 +390,13 @@ mod tests {
         let there = tempfile::tempdir().unwrap();
         let below = there.path().canonicalize().unwrap().join("below");
         std::fs::create_dir(&below).unwrap();
-        let points = [PathBuf::from("/"), below.clone()];
-        assert!(is_above(there.path(), &points));
-        assert!(!is_above(&below, &points));
+        let mounts = [PathBuf::from("/"), below.clone()].map(|point| mountinfo::Mount {
+            id: 1,
+            point,
+            options: String::new(),
+        });
+        assert!(is_above(there.path(), &mounts));
+        assert!(!is_above(&below, &mounts));
     }
 
     /// On a thread with a mount namespace of its own, which takes all that is mounted with it.

@@ -53,7 +53,7 @@ struct Node {
 /// Containers that a test leaves have mounts, and what is mounted cannot be removed.
 impl Drop for Node {
     fn drop(&mut self) {
-        for point in mountinfo::below(self.root.path(), &mountinfo::mount_points().unwrap_or_default()) {
+        for point in mountinfo::below(self.root.path(), &mountinfo::mounts().unwrap_or_default()) {
             let _ = umount2(point, MntFlags::MNT_DETACH);
         }
     }

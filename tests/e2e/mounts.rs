@@ -21,10 +21,64 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
             below_a_volume,
         ),
         lab.trial(
+            "a folder is one for all containers of a pod: a pipe in it, and who may write to it",
+            of_the_pod,
+        ),
+        lab.trial(
             "a volume at /dev/shm is there: its files, or as much memory as it has",
             at_dev_shm,
         ),
     ]
+}
+
+fn of_the_pod(lab: &Together<'_>) -> Result<()> {
+    let folder = lab.node.place().base().join("of-the-pod");
+    on_node(lab, &folder, "mkdir -p $0")?;
+    let container = |name, readonly| {
+        let container = Container::new(name, BUSYBOX).command(&["sleep", "2147483647"]);
+        lab.running(&container.host_path(&folder, "/volume", readonly))
+    };
+    let run = |container: &Running<'_>, script: &str| lab.exec(&container.id, &["sh", "-c", script]);
+    let (one, reader, two) = (
+        container("one", false)?,
+        container("reader", true)?,
+        container("two", false)?,
+    );
+    let made = run(&one, "mkfifo /volume/pipe && echo begun >/volume/file")?;
+    ensure!(made.exit_code == 0, "a volume cannot be written to: {}", made.stderr);
+    let refused = run(&reader, "cat /volume/file && echo >/volume/other")?;
+    ensure!(
+        refused.stdout == "begun\n" && refused.exit_code != 0,
+        "a read-only volume can be written to: {refused:?}"
+    );
+    for (from, to) in [(&one, &two), (&two, &reader)] {
+        // The writer waits for its reader.
+        run(
+            from,
+            "(echo through-the-pipe >/volume/pipe) </dev/null >/dev/null 2>&1 &",
+        )?;
+        let read = run(to, "timeout 20 cat /volume/pipe")?;
+        ensure!(
+            read.stdout == "through-the-pipe\n",
+            "the pipe is not one for both: {} {}",
+            read.stdout,
+            read.stderr
+        );
+    }
+    let remove = |container: Running<'_>| {
+        lab.stop(&container.id, Duration::ZERO)?;
+        lab.remove(&container.id)
+    };
+    // Those that stay keep it.
+    remove(one)?;
+    let seen = run(&reader, "cat /volume/file")?;
+    ensure!(
+        seen.stdout == "begun\n",
+        "a volume has gone with another container: {seen:?}"
+    );
+    remove(reader)?;
+    remove(two)?;
+    on_node(lab, &folder, "rm -r $0")
 }
 
 fn at_dev_shm(lab: &Together<'_>) -> Result<()> {

@@ -250,10 +250,9 @@ fn owners(lab: &Alone<'_>, folder: &Path) -> Result<()> {
     ensure!(owner(&mapped.join("renamed"))? == (7, 8) && owner(&mapped.join("below"))? == (0, 0));
     ensure!(fs::read_to_string(mapped.join("renamed"))? == "of the container\n");
     // Also what the guest's own root makes is not the node's root's.
-    let share = format!("/run/coreos-kvm/shared/{id}/volumes");
-    let script =
-        format!("for volume in {share}/*; do test ! -e $volume/renamed || touch $volume/of-guest; done 2>/dev/null; :");
-    in_guest(&lab.node, &pod.id, &["sh", "-c", &script])?;
+    let script = "for volume in /run/coreos-kvm/shared/.volumes/*; do \
+        test ! -e $volume/renamed || touch $volume/of-guest; done";
+    in_guest(&lab.node, &pod.id, &["sh", "-c", script])?;
     ensure!(owner(&mapped.join("of-guest"))? == (USERS.first, USERS.first));
     ensure!(run(cri, &id, "stat -c %u:%g /plain /plain/of-33")? == "0:0\n65534:65534");
     run(cri, &id, "echo of the container >/plain/made && ! echo >>/plain/of-33")?;

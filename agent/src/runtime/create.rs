@@ -103,7 +103,7 @@ pub(super) fn delete(id: &str) -> Result<i32, String> {
     } else {
         Ok(())
     };
-    if let Err(error) = share::let_go(id) {
+    if let Err(error) = share::let_go(&[id.into()]) {
         tracing::warn!(container_id = id, %error, "a container's files stay mounted");
     }
     deleted.map(|()| 0).map_err(|error| chain(&error))

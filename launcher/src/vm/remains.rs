@@ -132,7 +132,7 @@ fn unmount_below(folder: &Path) -> io::Result<()> {
         Err(error) => return Err(error),
     };
     for _ in 0..UNMOUNT_ROUNDS {
-        let all = mountinfo::mount_points()?;
+        let all = mountinfo::mounts()?;
         let mut points: Vec<_> = mountinfo::below(&folder, &all).collect();
         if points.is_empty() {
             return Ok(());

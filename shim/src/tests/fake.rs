@@ -240,6 +240,15 @@ impl Agent for FakeAgent {
         Ok(proto::WaitProcessResponse::default())
     }
 
+    async fn release_volumes(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ReleaseVolumesRequest,
+    ) -> ttrpc::Result<proto::Empty> {
+        self.0.called("release", request.folders.join(" "))?;
+        Ok(proto::Empty::default())
+    }
+
     async fn update_resources(
         &self,
         _: &TtrpcContext,

@@ -36,6 +36,52 @@ async fn the_life_of_a_container_is_told_in_order() {
 }
 
 #[tokio::test]
+async fn a_folder_is_mounted_once_for_all_containers_and_the_guest_lets_go_of_it_first() {
+    let node = Node::new().await;
+    node.pod.create(&node.sandbox_request()).await.unwrap();
+    let folder = node.root.path().join("of-the-pod");
+    std::fs::create_dir(&folder).unwrap();
+    let create = async |id: &str, option: &str| {
+        let request = node.container_request(id);
+        let path = Path::new(&request.bundle).join("config.json");
+        let mut spec: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        spec["mounts"] =
+            json!([{"destination": "/data", "type": "bind", "source": folder, "options": ["rbind", option]}]);
+        std::fs::write(path, spec.to_string()).unwrap();
+        node.pod.create(&request).await.map(|_| {
+            let spec = node.guest.spec.lock().unwrap().clone().unwrap();
+            spec["mounts"][0]["source"].as_str().unwrap().to_owned()
+        })
+    };
+    let place = |number: u32| format!("/run/coreos-kvm/shared/.volumes/{number}");
+    assert_eq!(create("c1", "rw").await.unwrap(), place(0));
+    assert_eq!(create("c2", "ro").await.unwrap(), place(0));
+    node.guest.fails.lock().unwrap().insert("create", "it is full");
+    create("c3", "rw").await.unwrap_err();
+    node.guest.fails.lock().unwrap().clear();
+    let mounts = || node.mounts().iter().filter(|line| line.contains("/.volumes/")).count();
+    let released = || {
+        let calls = node.guest.calls.lock().unwrap();
+        calls
+            .iter()
+            .filter(|call| call.starts_with("release"))
+            .cloned()
+            .collect::<Vec<_>>()
+    };
+    node.pod.delete("c1", "").await.unwrap();
+    assert_eq!((mounts(), released()), (1, Vec::new()));
+    node.pod.delete("c2", "").await.unwrap();
+    assert_eq!((mounts(), released()), (0, vec!["release .volumes/0".to_owned()]));
+    assert_eq!(node.mounts(), Vec::<String>::new());
+    assert_eq!(
+        create("c4", "ro").await.unwrap(),
+        place(1),
+        "the guest has known the other"
+    );
+    assert_eq!(mounts(), 1);
+}
+
+#[tokio::test]
 async fn the_start_is_told_before_the_end_even_if_the_end_overtakes_it() {
     let mut node = Node::new().await;
     node.run_sandbox().await;

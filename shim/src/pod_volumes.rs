@@ -1,0 +1,338 @@
+//! Folders that belong to the pod: one mount each in the guest, whichever of its containers have it. Two mounts of one folder would have
+//! files of their own there, so that neither a socket nor a named pipe nor a lock of one container would be one of the other's.
+//!
+//! A folder that a container may write to is writable to the guest as long as any container has that mount, also one that may only read:
+//! the guest's kernel is what keeps those from writing. Where nobody may write, the guest cannot.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use coreos_kvm_launcher::mountinfo::Mount;
+use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
+
+use crate::{
+    error::ShimError,
+    guestspec::{Access, Below, Owners, Volume},
+};
+
+/// Their folder in the directory that pod and guest share. No container's id begins with a dot (`identifiers` in containerd).
+const FOLDER: &str = ".volumes";
+
+/// Those of one pod.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct PodVolumes(Arc<Mutex<All>>);
+
+#[derive(Debug, Default)]
+struct All {
+    used: Vec<Used>,
+    /// How many there have been: what the guest has known by a name is never another thing.
+    count: u64,
+}
+
+#[derive(Debug)]
+struct Used {
+    volume: Arc<PodVolume>,
+    by: usize,
+}
+
+#[derive(Debug)]
+struct PodVolume {
+    identity: Identity,
+    access: Access,
+    /// Below the share.
+    place: PathBuf,
+    /// Held while it is being mounted, for others that need it.
+    mounted: Mutex<bool>,
+}
+
+/// What two mounts have to have in common to be one.
+#[derive(Debug, PartialEq, Eq)]
+struct Identity {
+    device: (u32, u32),
+    inode: u64,
+    through: Through,
+    owners: Owners,
+}
+
+/// The mount on the host that a folder is taken from.
+#[derive(Debug, PartialEq, Eq)]
+enum Through {
+    /// One of several that do the same: the kubelet has a mount of a `subPath` for each container.
+    Any { options: String },
+    /// This one: what is mounted below it later shows, or it changes whose its files are.
+    This(u64),
+}
+
+impl Identity {
+    /// None for what is no folder: a file may be replaced, and each container is to have the one that is there then.
+    fn of(volume: &Volume, mounts: &[Mount]) -> io::Result<Option<Self>> {
+        let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
+        let found = statx(CWD, &volume.source, AtFlags::empty(), wanted)?;
+        if FileType::from_raw_mode(found.stx_mode.into()) != FileType::Directory {
+            return Ok(None);
+        }
+        let mount = mounts.iter().find(|mount| mount.id == found.stx_mnt_id);
+        let through = match mount {
+            Some(mount) if volume.below != Below::Always && !is_mapped(mount) => Through::Any {
+                options: mount.options.clone(),
+            },
+            _ => Through::This(found.stx_mnt_id),
+        };
+        Ok(Some(Self {
+            device: (found.stx_dev_major, found.stx_dev_minor),
+            inode: found.stx_ino,
+            through,
+            owners: volume.owners,
+        }))
+    }
+}
+
+/// Whether its files are shown as those of others: "idmapped" in fs/proc_namespace.c.
+fn is_mapped(mount: &Mount) -> bool {
+    mount.options.split(',').any(|option| option == "idmapped")
+}
+
+impl PodVolumes {
+    /// What the volume is for the pod, for one more container until [`Use::end`]. None for one that is the container's alone: a file,
+    /// or a folder with something mounted below it, of which each container sees what is there when it is made. `mounts` are all of the host.
+    ///
+    /// # Errors
+    /// When the host cannot tell what is there.
+    pub(crate) fn used(&self, volume: &Volume, mounts: &[Mount]) -> Result<Option<Use>, ShimError> {
+        if volume.has_mounts_below {
+            return Ok(None);
+        }
+        let sharing = || ShimError::while_doing(format!("sharing {}", volume.source.display()));
+        Ok(Identity::of(volume, mounts)
+            .map_err(sharing())?
+            .map(|identity| self.add(identity, volume.access)))
+    }
+
+    fn add(&self, identity: Identity, access: Access) -> Use {
+        // Of one with nothing mounted below.
+        let access = match access {
+            Access::Write => Access::Write,
+            Access::Read | Access::ReadAll => Access::Read,
+        };
+        let mut all = self.all();
+        let like = |access| {
+            let same = |used: &Used| used.volume.identity == identity && used.volume.access == access;
+            all.used.iter().position(same)
+        };
+        let volume = match like(Access::Write).or_else(|| like(access)) {
+            Some(place) => {
+                all.used[place].by += 1;
+                all.used[place].volume.clone()
+            }
+            None => all.added(identity, access),
+        };
+        drop(all);
+        Use {
+            volumes: self.clone(),
+            volume,
+        }
+    }
+
+    fn all(&self) -> MutexGuard<'_, All> {
+        // Every change leaves it whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl All {
+    fn added(&mut self, identity: Identity, access: Access) -> Arc<PodVolume> {
+        let volume = Arc::new(PodVolume {
+            identity,
+            access,
+            place: Path::new(FOLDER).join(self.count.to_string()),
+            mounted: Mutex::default(),
+        });
+        self.count += 1;
+        self.used.push(Used {
+            volume: volume.clone(),
+            by: 1,
+        });
+        volume
+    }
+}
+
+/// That a container has a volume.
+#[derive(Debug)]
+pub(crate) struct Use {
+    volumes: PodVolumes,
+    volume: Arc<PodVolume>,
+}
+
+impl Use {
+    /// Where it is, below the directory that pod and guest share.
+    pub(crate) fn place(&self) -> &Path {
+        &self.volume.place
+    }
+
+    /// Has `mount` mount it there with this access, unless that has been done. Waits while another container does.
+    ///
+    /// # Errors
+    /// Those of `mount`.
+    pub(crate) fn mount(&self, mount: impl FnOnce(Access) -> Result<(), ShimError>) -> Result<(), ShimError> {
+        let mut mounted = self.volume.mounted.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*mounted {
+            mount(self.volume.access)?;
+            *mounted = true;
+        }
+        Ok(())
+    }
+
+    /// Answers where the volume is mounted if it was the last use: the next one has another mount.
+    pub(crate) fn end(self) -> Option<PathBuf> {
+        let mut all = self.volumes.all();
+        let place = all
+            .used
+            .iter()
+            .position(|used| Arc::ptr_eq(&used.volume, &self.volume))?;
+        all.used[place].by -= 1;
+        if all.used[place].by > 0 {
+            return None;
+        }
+        all.used.swap_remove(place);
+        // Nobody else has it, so that nobody is mounting it.
+        let mounted = self.volume.mounted.lock().unwrap_or_else(PoisonError::into_inner);
+        mounted.then(|| self.volume.place.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use coreos_kvm_launcher::mountinfo;
+    use nix::{
+        mount::{MsFlags, mount},
+        sched::{CloneFlags, unshare},
+    };
+
+    use super::*;
+
+    fn volume(source: &Path, access: Access) -> Volume {
+        Volume {
+            source: source.to_owned(),
+            mount: 0,
+            access,
+            below: Below::Now,
+            has_mounts_below: false,
+            owners: Owners::Same,
+        }
+    }
+
+    fn used(volumes: &PodVolumes, volume: &Volume) -> Option<Use> {
+        volumes.used(volume, &mountinfo::mounts().unwrap()).unwrap()
+    }
+
+    fn place(used: Option<&Use>) -> Option<&str> {
+        used.map(|used| used.place().to_str().unwrap())
+    }
+
+    #[test]
+    fn who_may_write_has_another_mount_than_who_may_not_and_others_join_it() {
+        let there = tempfile::tempdir().unwrap();
+        let volumes = PodVolumes::default();
+        let of = |access| used(&volumes, &volume(there.path(), access)).unwrap();
+        let (reader, other) = (of(Access::Read), of(Access::ReadAll));
+        let (writer, late) = (of(Access::Write), of(Access::Read));
+        let places = [&reader, &other, &writer, &late].map(|used| place(Some(used)).unwrap());
+        assert_eq!(places, [".volumes/0", ".volumes/0", ".volumes/1", ".volumes/1"]);
+        let access = Cell::new(None);
+        late.mount(|wanted| Ok(access.set(Some(wanted)))).unwrap();
+        assert_eq!(access.get(), Some(Access::Write));
+        writer.mount(|_| panic!("it is mounted")).unwrap();
+
+        assert_eq!(writer.end(), None);
+        assert_eq!(late.end(), Some(".volumes/1".into()));
+        assert_eq!(reader.end(), None);
+        assert_eq!(other.end(), None, "it has not been mounted");
+        assert_eq!(place(Some(&of(Access::Read))), Some(".volumes/2"));
+    }
+
+    #[test]
+    fn one_that_cannot_be_mounted_is_mounted_by_the_next() {
+        let there = tempfile::tempdir().unwrap();
+        let volumes = PodVolumes::default();
+        let [one, two] = [(), ()].map(|()| used(&volumes, &volume(there.path(), Access::Write)).unwrap());
+        let failed = one.mount(|_| Err(ShimError::Internal("it is full".to_owned())));
+        assert!(failed.is_err());
+        two.mount(|_| Ok(())).unwrap();
+        assert_eq!(one.end(), None);
+        assert_eq!(two.end(), Some(".volumes/0".into()));
+    }
+
+    #[test]
+    fn a_file_and_what_has_mounts_below_are_a_containers_alone() {
+        let there = tempfile::tempdir().unwrap();
+        let file = there.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let volumes = PodVolumes::default();
+        assert_eq!(place(used(&volumes, &volume(&file, Access::Write)).as_ref()), None);
+        let with_mounts = Volume {
+            has_mounts_below: true,
+            ..volume(there.path(), Access::Write)
+        };
+        assert_eq!(place(used(&volumes, &with_mounts).as_ref()), None);
+        let gone = volume(&there.path().join("gone"), Access::Read);
+        let error = volumes.used(&gone, &[]).unwrap_err().to_string();
+        assert!(error.contains("gone"), "{error}");
+    }
+
+    /// On a thread with a mount namespace of its own, which takes all that is mounted with it.
+    #[test]
+    fn a_folder_is_the_same_through_another_mount_that_does_the_same() {
+        let there = tempfile::tempdir().unwrap();
+        let root = there.path().to_owned();
+        std::thread::spawn(move || through_others(&root)).join().unwrap();
+    }
+
+    fn through_others(root: &Path) {
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        let folder = |name: &str| {
+            let path = root.join(name);
+            std::fs::create_dir(&path).unwrap();
+            path
+        };
+        let bound = |name: &str, flags: MsFlags| {
+            let path = folder(name);
+            mount(Some(&root.join("source")), &path, none, MsFlags::MS_BIND, none).unwrap();
+            mount(none, &path, none, MsFlags::MS_BIND | MsFlags::MS_REMOUNT | flags, none).unwrap();
+            path
+        };
+        let source = folder("source");
+        let (plain, again) = (bound("plain", MsFlags::empty()), bound("again", MsFlags::empty()));
+        let noexec = bound("noexec", MsFlags::MS_NOEXEC);
+        let volumes = PodVolumes::default();
+        let mut kept = Vec::new();
+        let mut places = |source: &Path, below| {
+            let volume = Volume {
+                below,
+                ..volume(source, Access::Write)
+            };
+            let used = used(&volumes, &volume).unwrap();
+            let place = used.place().to_str().unwrap().to_owned();
+            kept.push(used);
+            place
+        };
+        assert_eq!(places(&plain, Below::Now), ".volumes/0");
+        assert_eq!(places(&again, Below::Now), ".volumes/0");
+        assert_eq!(places(&noexec, Below::Now), ".volumes/1", "it forbids more");
+        assert_eq!(places(&plain, Below::Always), ".volumes/2");
+        assert_eq!(places(&again, Below::Always), ".volumes/3", "others are mounted below");
+        assert_eq!(places(&plain, Below::Always), ".volumes/2");
+        std::fs::rename(&source, root.join("former")).unwrap();
+        assert_eq!(
+            places(&folder("source"), Below::Now),
+            ".volumes/4",
+            "it is another folder"
+        );
+    }
+}
