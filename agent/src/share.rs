@@ -24,6 +24,7 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
+use oci_spec::runtime::Spec;
 use tokio::time::{Instant, sleep};
 
 use crate::{error::AgentError, last_words, serial};
@@ -121,6 +122,25 @@ impl Share {
         *state = Mount::Carried;
         Ok(())
     }
+}
+
+/// Has the kernel mount here the volumes that a container has in common with others: what it mounts by itself in the mount namespace of
+/// one would be another file system than that of the next. Whoever serves the files may not answer, as with [`let_go`].
+///
+/// # Errors
+/// When a volume cannot be read; with its path.
+pub(crate) fn mount_volumes(container_id: &str, spec: &Spec) -> Result<(), String> {
+    let own = Path::new(SHARED_MOUNT).join(container_id);
+    let mounts = spec.mounts().iter().flatten();
+    for source in mounts.filter_map(|mount| mount.source().as_ref()) {
+        if !source.starts_with(SHARED_MOUNT) || source.starts_with(&own) {
+            continue;
+        }
+        if let Err(error) = std::fs::read_dir(source) {
+            return Err(format!("the volume {} cannot be read: {error}", source.display()));
+        }
+    }
+    Ok(())
 }
 
 /// Lets go of what the kernel has mounted by itself at or below folders of the directory: each file system of the host is a mount there, which

@@ -54,6 +54,7 @@ pub(super) fn create(
             root.display()
         ));
     }
+    share::mount_volumes(id, &spec)?;
     let mappings = entered.users.map(|(_, mappings)| mappings);
     if let Err(error) = workdir::make(&root, &folder, mappings.map(IdMappings::root)) {
         // It may be on a volume, which is not seen from here; libcontainer fails if it is nowhere.
