@@ -35,6 +35,7 @@ use crate::{
     process::{Exit, KILLED},
     streams::Stdio,
     userns::{self, UserNamespace},
+    volume,
 };
 
 /// Pause between two looks at whether containerd still has a pod that has not begun.
@@ -386,6 +387,9 @@ impl Pod {
         contents.size_is_named = pod.names_size();
         contents.files = files;
         contents.users = pod.users;
+        if let Some(folder) = volume::empty_dirs(&config.kubelet_dir, &pod.uid) {
+            self.volumes.own(folder);
+        }
         Ok(machine)
     }
 

@@ -2,12 +2,13 @@
 //! files of their own there, so that neither a socket nor a named pipe nor a lock of one container would be one of the other's.
 //!
 //! A folder that a container may write to is writable to the guest as long as any container has that mount, also one that may only read:
-//! the guest's kernel is what keeps those from writing. Where nobody may write, the guest cannot.
+//! the guest's kernel is what keeps those from writing. Where nobody may write, the guest cannot, save for the pod's own emptyDir
+//! volumes, which are nobody else's: there who writes may come after who reads.
 
 use std::{
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use coreos_kvm_launcher::mountinfo::Mount;
@@ -23,7 +24,13 @@ const FOLDER: &str = ".volumes";
 
 /// Those of one pod.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct PodVolumes(Arc<Mutex<All>>);
+pub(crate) struct PodVolumes(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    all: Mutex<All>,
+    empty_dirs: OnceLock<PathBuf>,
+}
 
 #[derive(Debug, Default)]
 struct All {
@@ -96,6 +103,12 @@ fn is_mapped(mount: &Mount) -> bool {
 }
 
 impl PodVolumes {
+    /// The folders right in this one are the pod's alone.
+    pub(crate) fn own(&self, empty_dirs: PathBuf) {
+        // A pod has one machine, and is told once.
+        self.0.empty_dirs.get_or_init(|| empty_dirs);
+    }
+
     /// What the volume is for the pod, for one more container until [`Use::end`]. None for one that is the container's alone: a file,
     /// or a folder with something mounted below it, of which each container sees what is there when it is made. `mounts` are all of the host.
     ///
@@ -106,17 +119,25 @@ impl PodVolumes {
             return Ok(None);
         }
         let sharing = || ShimError::while_doing(format!("sharing {}", volume.source.display()));
+        let is_own = self.is_own(&volume.source);
+        // Nothing is mounted below.
+        let access = match volume.access {
+            Access::Write => Access::Write,
+            Access::Read | Access::ReadAll if is_own => Access::Write,
+            Access::Read | Access::ReadAll => Access::Read,
+        };
         Ok(Identity::of(volume, mounts)
             .map_err(sharing())?
-            .map(|identity| self.add(identity, volume.access)))
+            .map(|identity| self.add(identity, access)))
+    }
+
+    /// By its path and not by where that leads, of which the pod can change only what is below the volume.
+    fn is_own(&self, source: &Path) -> bool {
+        let folder = source.file_name().and(source.parent());
+        folder.is_some() && folder == self.0.empty_dirs.get().map(PathBuf::as_path)
     }
 
     fn add(&self, identity: Identity, access: Access) -> Use {
-        // Of one with nothing mounted below.
-        let access = match access {
-            Access::Write => Access::Write,
-            Access::Read | Access::ReadAll => Access::Read,
-        };
         let mut all = self.all();
         let like = |access| {
             let same = |used: &Used| used.volume.identity == identity && used.volume.access == access;
@@ -138,7 +159,7 @@ impl PodVolumes {
 
     fn all(&self) -> MutexGuard<'_, All> {
         // Every change leaves it whole.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -253,6 +274,34 @@ mod tests {
         assert_eq!(reader.end(), None);
         assert_eq!(other.end(), None, "it has not been mounted");
         assert_eq!(place(Some(&of(Access::Read))), Some(".volumes/2"));
+    }
+
+    #[test]
+    fn an_empty_dir_of_the_pods_own_is_one_for_readers_and_writers_in_any_order() {
+        let there = tempfile::tempdir().unwrap();
+        let empty_dirs = there.path().join("empty-dirs");
+        let (own, below) = (empty_dirs.join("data"), empty_dirs.join("data/below"));
+        std::fs::create_dir_all(&below).unwrap();
+        let volumes = PodVolumes::default();
+        volumes.own(empty_dirs.clone());
+        let of = |source: &Path, access| used(&volumes, &volume(source, access)).unwrap();
+        let (reader, writer) = (of(&own, Access::Read), of(&own, Access::Write));
+        assert_eq!(reader.place(), writer.place());
+        let access = |used: &Use| {
+            let access = Cell::new(None);
+            used.mount(|wanted| Ok(access.set(Some(wanted)))).unwrap();
+            access.get()
+        };
+        assert_eq!(access(&reader), Some(Access::Write));
+        // What a pod can make there may lead anywhere.
+        for other in [&below, &empty_dirs.join("data/.."), &empty_dirs.join("..")] {
+            assert_eq!(
+                access(&of(other, Access::Read)),
+                Some(Access::Read),
+                "{}",
+                other.display()
+            );
+        }
     }
 
     #[test]

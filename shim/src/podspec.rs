@@ -46,7 +46,7 @@ pub(crate) struct PodSpec {
     pub(crate) id: String,
     hostname: Option<String>,
     /// Kubernetes' own, by which the kubelet keeps the pod's volumes; empty where there is none.
-    uid: String,
+    pub(crate) uid: String,
     /// Its annotations that begin with [`PREFIX`], by what follows it.
     annotations: BTreeMap<String, String>,
     /// What its containers may use together.

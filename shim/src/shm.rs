@@ -11,12 +11,10 @@ use std::{
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
-use crate::error::ShimError;
+use crate::{error::ShimError, volume::EMPTY_DIR};
 
 /// That of the node, which a pod in the node's IPC namespace is given.
 const NODE: &str = "/dev/shm";
-/// Where the kubelet has a pod's emptyDir volumes, by their names (`GetPodVolumeDir` and the plugin's name in the kubelet).
-const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 
 /// The size in bytes that the pod's own has to have for a mount at /dev/shm whose source on the host is `source`; 0 for the usual one. None for
 /// a volume whose files are to be there.

@@ -1,12 +1,12 @@
-//! Files in the ConfigMap and Secret volumes of the pod, as the kubelet has laid them out on the node: below its own directory,
-//! by the pod's uid, so that no pod can name a file of another's.
+//! The pod's volumes as the kubelet has laid them out on the node: below its own directory, by the pod's uid, so that no pod can name a
+//! file of another's.
 
 use std::{
     fmt,
     fs::File,
     io::{self, Read},
     os::fd::OwnedFd,
-    path::Path,
+    path::{Path, PathBuf},
     str::FromStr,
 };
 
@@ -17,7 +17,19 @@ use crate::error::{ShimError, sentence};
 /// Longest file, in bytes: what etcd takes of a ConfigMap or a Secret, and as much again.
 const FILE_MAX: u64 = 2 << 20;
 
-/// A file of a volume: `configmap/<volume>/<key>` or `secret/<volume>/<key>`.
+/// The kubelet's name of the plugin for emptyDir volumes, as a folder.
+pub(crate) const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+
+/// The folder of the emptyDir volumes of the pod that has this uid; they are folders right in it (`GetPodVolumeDir` in the kubelet).
+pub(crate) fn empty_dirs(kubelet_dir: &Path, pod_uid: &str) -> Option<PathBuf> {
+    is_uid(pod_uid).then(|| kubelet_dir.join("pods").join(pod_uid).join("volumes").join(EMPTY_DIR))
+}
+
+fn is_uid(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+}
+
+/// A file of a ConfigMap or Secret volume: `configmap/<volume>/<key>` or `secret/<volume>/<key>`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct VolumeFile {
     source: Source,
@@ -95,7 +107,7 @@ impl VolumeFile {
     /// When the pod has no such volume, the volume no such key, or it is no text of at most 2 MiB.
     pub(crate) fn read(&self, kubelet_dir: &Path, pod_uid: &str) -> Result<String, ShimError> {
         let refused = |what: String| ShimError::InvalidArgument(format!("{self}: {what}"));
-        if pod_uid.is_empty() || !pod_uid.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
+        if !is_uid(pod_uid) {
             return Err(refused(
                 "the pod has no uid by which its volumes could be found".to_owned(),
             ));

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use kubeception_tests::cri::COREOS_KVM;
 use kubeception_tests::image::BUSYBOX;
-use kubeception_tests::pod::Container;
+use kubeception_tests::pod::{Container, Pod};
 use libtest_mimic::Trial;
 
-use crate::lab::{Lab, Running, Together, eventually};
+use crate::lab::{Lab, OwnPod, Running, Together, eventually};
 
 const BOUND: Duration = Duration::from_secs(30);
 
@@ -33,52 +34,76 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
 
 fn of_the_pod(lab: &Together<'_>) -> Result<()> {
     let folder = lab.node.place().base().join("of-the-pod");
-    on_node(lab, &folder, "mkdir -p $0")?;
-    let container = |name, readonly| {
+    on_node(
+        lab,
+        &folder,
+        "mkdir -p $0/plain $0/sub-path && mount --bind $0/plain $0/sub-path",
+    )?;
+    let tried = one_for_all(lab, &folder);
+    let unmounted = on_node(lab, &folder, "umount $0/sub-path && rm -r $0");
+    tried.and(unmounted)
+}
+
+fn one_for_all(lab: &Together<'_>, folder: &Path) -> Result<()> {
+    let place = lab.node.place();
+    let pod = Pod::new(place, "volumes");
+    let empty_dir = pod.empty_dir(place, "sockets")?;
+    let own = OwnPod::run(lab, pod, COREOS_KVM)?;
+    let container = |name, path: &Path, readonly| {
         let container = Container::new(name, BUSYBOX).command(&["sleep", "2147483647"]);
-        lab.running(&container.host_path(&folder, "/volume", readonly))
+        let container = container.host_path(&empty_dir, "/own", readonly);
+        lab.run(&own.id, &container.host_path(path, "/node", readonly), &own.pod)
     };
-    let run = |container: &Running<'_>, script: &str| lab.exec(&container.id, &["sh", "-c", script]);
-    let (one, reader, two) = (
-        container("one", false)?,
-        container("reader", true)?,
-        container("two", false)?,
-    );
-    let made = run(&one, "mkfifo /volume/pipe && echo begun >/volume/file")?;
+    // Of the pod's own volume who may only read comes first.
+    let early = container("early", &folder.join("plain"), true)?;
+    let one = container("one", &folder.join("plain"), false)?;
+    // As the kubelet has it for a `subPath`: another mount of the same folder.
+    let two = container("two", &folder.join("sub-path"), false)?;
+    let late = container("late", &folder.join("plain"), true)?;
+
+    let run = |id: &str, script: &str| lab.exec(id, &["sh", "-c", script]);
+    let made = run(&one, "mkfifo /own/pipe /node/pipe && echo begun >/node/file")?;
     ensure!(made.exit_code == 0, "a volume cannot be written to: {}", made.stderr);
-    let refused = run(&reader, "cat /volume/file && echo >/volume/other")?;
-    ensure!(
-        refused.stdout == "begun\n" && refused.exit_code != 0,
-        "a read-only volume can be written to: {refused:?}"
-    );
-    for (from, to) in [(&one, &two), (&two, &reader)] {
+    for volume in ["/own", "/node"] {
+        let refused = run(&late, &format!("cat /node/file && echo >{volume}/other"))?;
+        ensure!(
+            refused.stdout == "begun\n" && refused.exit_code != 0,
+            "a read-only volume can be written to: {refused:?}"
+        );
+    }
+    for (from, to, pipe) in [
+        (&one, &two, "/node/pipe"),
+        (&two, &late, "/node/pipe"),
+        (&one, &early, "/own/pipe"),
+        (&two, &late, "/own/pipe"),
+    ] {
         // The writer waits for its reader.
         run(
             from,
-            "(echo through-the-pipe >/volume/pipe) </dev/null >/dev/null 2>&1 &",
+            &format!("(echo through-the-pipe >{pipe}) </dev/null >/dev/null 2>&1 &"),
         )?;
-        let read = run(to, "timeout 20 cat /volume/pipe")?;
+        let read = run(to, &format!("timeout 20 cat {pipe}"))?;
         ensure!(
             read.stdout == "through-the-pipe\n",
-            "the pipe is not one for both: {} {}",
+            "{pipe} is not one for both: {} {}",
             read.stdout,
             read.stderr
         );
     }
-    let remove = |container: Running<'_>| {
-        lab.stop(&container.id, Duration::ZERO)?;
-        lab.remove(&container.id)
-    };
-    // Those that stay keep it.
-    remove(one)?;
-    let seen = run(&reader, "cat /volume/file")?;
+    for id in [&one, &two, &early] {
+        lab.stop(id, Duration::ZERO)?;
+        lab.remove(id)?;
+    }
+    let seen = run(&late, "cat /node/file")?;
     ensure!(
         seen.stdout == "begun\n",
         "a volume has gone with another container: {seen:?}"
     );
-    remove(reader)?;
-    remove(two)?;
-    on_node(lab, &folder, "rm -r $0")
+    lab.stop(&late, Duration::ZERO)?;
+    lab.remove(&late)?;
+    let mounts = lab.in_guest(&own.id, &["cat", "/proc/self/mountinfo"])?;
+    ensure!(!mounts.contains("/.volumes/"), "the guest still has volumes:\n{mounts}");
+    own.remove()
 }
 
 fn at_dev_shm(lab: &Together<'_>) -> Result<()> {

@@ -102,11 +102,23 @@ impl Pod {
         self
     }
 
-    /// A ConfigMap volume of the pod with one key, laid out as the kubelet does it.
-    pub fn config_map(&self, place: &Place, volume: &str, key: &str, text: &str) -> Result<()> {
+    /// Where the kubelet would have a volume of the pod.
+    fn volume(&self, place: &Place, plugin: &str, name: &str) -> PathBuf {
         let uid = self.config.metadata.as_ref().map(|metadata| metadata.uid.as_str());
         let pod = place.kubelet().join("pods").join(uid.unwrap_or_default());
-        let volume = pod.join("volumes/kubernetes.io~configmap").join(volume);
+        pod.join("volumes").join(plugin).join(name)
+    }
+
+    /// Makes an emptyDir volume of the pod, as the kubelet does it.
+    pub fn empty_dir(&self, place: &Place, name: &str) -> Result<PathBuf> {
+        let volume = self.volume(place, "kubernetes.io~empty-dir", name);
+        fs::create_dir_all(&volume).with_context(|| format!("making the volume {}", volume.display()))?;
+        Ok(volume)
+    }
+
+    /// A ConfigMap volume of the pod with one key, laid out as the kubelet does it.
+    pub fn config_map(&self, place: &Place, volume: &str, key: &str, text: &str) -> Result<()> {
+        let volume = self.volume(place, "kubernetes.io~configmap", volume);
         let version = "..2026_01_01_00_00_00.1";
         let lay_out = || {
             fs::create_dir_all(volume.join(version))?;
