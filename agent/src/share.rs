@@ -25,6 +25,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 use oci_spec::runtime::Spec;
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use tokio::time::{Instant, sleep};
 
 use crate::{error::AgentError, last_words, serial};
@@ -128,7 +129,7 @@ impl Share {
 /// one would be another file system than that of the next. Whoever serves the files may not answer, as with [`let_go`].
 ///
 /// # Errors
-/// When a volume cannot be read; with its path.
+/// When there is none, or no answer; with its path.
 pub(crate) fn mount_volumes(container_id: &str, spec: &Spec) -> Result<(), String> {
     let own = Path::new(SHARED_MOUNT).join(container_id);
     let mounts = spec.mounts().iter().flatten();
@@ -136,11 +137,22 @@ pub(crate) fn mount_volumes(container_id: &str, spec: &Spec) -> Result<(), Strin
         if !source.starts_with(SHARED_MOUNT) || source.starts_with(&own) {
             continue;
         }
-        if let Err(error) = std::fs::read_dir(source) {
-            return Err(format!("the volume {} cannot be read: {error}", source.display()));
-        }
+        mount_alone(source).map_err(|error| format!("the volume {} cannot be reached: {error}", source.display()))?;
     }
     Ok(())
+}
+
+/// Has the kernel mount what is at `path`. What a container mounts in it is not for the others, even one whose mounts are the guest's.
+fn mount_alone(path: &Path) -> io::Result<()> {
+    // Nothing is read, which not even the host's root may everywhere.
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(CWD, path, flags, Mode::empty())?;
+    let none = None::<&str>;
+    match mount(none, path, none, MsFlags::MS_PRIVATE, none) {
+        // Where all of the share is one mount.
+        Ok(()) | Err(nix::Error::EINVAL) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Lets go of what the kernel has mounted by itself at or below folders of the directory: each file system of the host is a mount there, which
@@ -151,10 +163,17 @@ pub(crate) fn let_go(folders: &[PathBuf]) -> io::Result<()> {
     let folders = folders.collect::<io::Result<Vec<_>>>()?;
     let mounts = std::fs::read("/proc/self/mountinfo")?;
     let lines = mounts.split(|byte| *byte == b'\n');
-    // White space is escaped in it (proc_pid_mountinfo(5)), which there is none of in the names that the host gives.
+    // White space is escaped in it (proc_pid_mountinfo(5)). There is none in the names that the host gives, and what is mounted further below
+    // goes with what it is below.
     let points = lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
     let mut result = Ok(());
-    for point in points.map(|point| Path::new(OsStr::from_bytes(point))) {
+    // The last first: to look for one below another that has gone would have the kernel mount that again.
+    for point in points
+        .collect::<Vec<_>>()
+        .into_iter()
+        .rev()
+        .map(|point| Path::new(OsStr::from_bytes(point)))
+    {
         if !folders.iter().any(|folder| point.starts_with(folder)) {
             continue;
         }

@@ -58,6 +58,16 @@ pub enum AgentError {
     Lost { what: &'static str },
 }
 
+impl AgentError {
+    /// The agent has not answered, and may have done what it was to do.
+    pub fn is_silence(&self) -> bool {
+        matches!(
+            self,
+            Self::Timeout { .. } | Self::Unreachable { .. } | Self::Lost { .. }
+        )
+    }
+}
+
 /// Whose process namespace a container is in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Processes {

@@ -140,12 +140,14 @@ impl Container {
         let (inside, mut files) = mounting
             .await
             .map_err(ShimError::while_doing("mounting the container's files"))??;
+        let json = serde_json::to_vec(&inside.spec).map_err(ShimError::while_doing("writing the specification"))?;
+        let agent = machine.agent();
+        let mut silent = false;
         let created = async {
-            let json = serde_json::to_vec(&inside.spec).map_err(ShimError::while_doing("writing the specification"))?;
-            let agent = machine.agent();
             agent
                 .create_container(wanted.id, json, init.stdio.wanted(), wanted.processes, inside.shm_size)
-                .await?;
+                .await
+                .inspect_err(|error| silent = error.is_silence())?;
             let connected = async {
                 let connections = Connections::dial(agent, &init.stdio).await?;
                 init.copies.start(init.name(), stdio, connections).await
@@ -159,7 +161,10 @@ impl Container {
             Ok(())
         };
         if let Err(error) = created.await {
-            release_volumes(&*machine, wanted.id, &mut files).await;
+            // Who does not answer is not asked again.
+            if !silent {
+                release_volumes(&*machine, wanted.id, &mut files).await;
+            }
             unmount(wanted.id, files);
             return Err(error);
         }
@@ -640,13 +645,18 @@ impl Container {
     }
 }
 
-/// Has the guest let go of volumes that no container uses after this one.
+/// Has the guest let go of the volumes that no container uses any more. Those that it keeps it is told of again with the next ones.
 async fn release_volumes(machine: &dyn RunningMachine, id: &str, files: &mut ContainerFiles) {
-    let unused = files.give_up_volumes();
-    if !unused.is_empty()
-        && let Err(error) = machine.agent().release_volumes(unused).await
-    {
-        tracing::debug!(container_id = id, %error, "the guest still has volumes that no container uses");
+    let volumes = files.give_up_volumes();
+    let ended = volumes.ended();
+    if ended.is_empty() {
+        return;
+    }
+    match machine.agent().release_volumes(&ended).await {
+        Ok(()) => volumes.released(&ended),
+        Err(error) => {
+            tracing::debug!(container_id = id, %error, "the guest still has volumes that no container uses");
+        }
     }
 }
 

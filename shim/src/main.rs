@@ -23,6 +23,7 @@ mod error;
 mod events;
 mod facts;
 mod guestspec;
+mod heap;
 mod hypervisor;
 mod idmap;
 mod info;
@@ -79,7 +80,10 @@ fn run() -> anyhow::Result<()> {
     match flags.action.as_str() {
         "start" => answer(bootstrap::start(&flags)?.as_bytes()),
         "delete" => answer(&cleanup::delete(&flags)?),
-        "" => serve::serve(&flags),
+        "" => {
+            heap::keep_small();
+            serve::serve(&flags)
+        }
         other => bail!("there is no action {other:?}\n\n{USAGE}"),
     }
 }

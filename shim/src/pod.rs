@@ -35,7 +35,7 @@ use crate::{
     process::{Exit, KILLED},
     streams::Stdio,
     userns::{self, UserNamespace},
-    volume,
+    volume::EmptyDirs,
 };
 
 /// Pause between two looks at whether containerd still has a pod that has not begun.
@@ -387,8 +387,8 @@ impl Pod {
         contents.size_is_named = pod.names_size();
         contents.files = files;
         contents.users = pod.users;
-        if let Some(folder) = volume::empty_dirs(&config.kubelet_dir, &pod.uid) {
-            self.volumes.own(folder);
+        if let Some(own) = EmptyDirs::of(&config.kubelet_dir, &pod.uid) {
+            self.volumes.own(own);
         }
         Ok(machine)
     }

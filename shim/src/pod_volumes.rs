@@ -11,12 +11,13 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
-use coreos_kvm_launcher::mountinfo::Mount;
+use coreos_kvm_launcher::mountinfo::{self, Mount};
 use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 
 use crate::{
     error::ShimError,
     guestspec::{Access, Below, Owners, Volume},
+    volume::EmptyDirs,
 };
 
 /// Their folder in the directory that pod and guest share. No container's id begins with a dot (`identifiers` in containerd).
@@ -29,7 +30,7 @@ pub(crate) struct PodVolumes(Arc<Inner>);
 #[derive(Debug, Default)]
 struct Inner {
     all: Mutex<All>,
-    empty_dirs: OnceLock<PathBuf>,
+    own: OnceLock<EmptyDirs>,
 }
 
 #[derive(Debug, Default)]
@@ -37,6 +38,8 @@ struct All {
     used: Vec<Used>,
     /// How many there have been: what the guest has known by a name is never another thing.
     count: u64,
+    /// Places of those that no container uses any more, and that the guest is to let go of.
+    ended: Vec<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -61,6 +64,8 @@ struct Identity {
     device: (u32, u32),
     inode: u64,
     through: Through,
+    /// What is mounted below it later shows.
+    follows: bool,
     owners: Owners,
 }
 
@@ -69,7 +74,7 @@ struct Identity {
 enum Through {
     /// One of several that do the same: the kubelet has a mount of a `subPath` for each container.
     Any { options: String },
-    /// This one: what is mounted below it later shows, or it changes whose its files are.
+    /// This one alone: what is mounted below it later shows, or it changes whose its files are.
     This(u64),
 }
 
@@ -81,17 +86,22 @@ impl Identity {
         if FileType::from_raw_mode(found.stx_mode.into()) != FileType::Directory {
             return Ok(None);
         }
-        let mount = mounts.iter().find(|mount| mount.id == found.stx_mnt_id);
+        let find = |mounts: &[Mount]| mounts.iter().find(|mount| mount.id == found.stx_mnt_id).cloned();
+        let mount = match find(mounts) {
+            // Looking at a folder may have had it mounted.
+            None => find(&mountinfo::mounts()?),
+            mount => mount,
+        };
+        let follows = volume.below == Below::Always;
         let through = match mount {
-            Some(mount) if volume.below != Below::Always && !is_mapped(mount) => Through::Any {
-                options: mount.options.clone(),
-            },
+            Some(mount) if !follows && !is_mapped(&mount) => Through::Any { options: mount.options },
             _ => Through::This(found.stx_mnt_id),
         };
         Ok(Some(Self {
             device: (found.stx_dev_major, found.stx_dev_minor),
             inode: found.stx_ino,
             through,
+            follows,
             owners: volume.owners,
         }))
     }
@@ -103,10 +113,10 @@ fn is_mapped(mount: &Mount) -> bool {
 }
 
 impl PodVolumes {
-    /// The folders right in this one are the pod's alone.
-    pub(crate) fn own(&self, empty_dirs: PathBuf) {
+    /// These are the pod's alone.
+    pub(crate) fn own(&self, empty_dirs: EmptyDirs) {
         // A pod has one machine, and is told once.
-        self.0.empty_dirs.get_or_init(|| empty_dirs);
+        self.0.own.get_or_init(|| empty_dirs);
     }
 
     /// What the volume is for the pod, for one more container until [`Use::end`]. None for one that is the container's alone: a file,
@@ -119,7 +129,7 @@ impl PodVolumes {
             return Ok(None);
         }
         let sharing = || ShimError::while_doing(format!("sharing {}", volume.source.display()));
-        let is_own = self.is_own(&volume.source);
+        let is_own = self.0.own.get().is_some_and(|own| own.contain(&volume.source));
         // Nothing is mounted below.
         let access = match volume.access {
             Access::Write => Access::Write,
@@ -131,10 +141,14 @@ impl PodVolumes {
             .map(|identity| self.add(identity, access)))
     }
 
-    /// By its path and not by where that leads, of which the pod can change only what is below the volume.
-    fn is_own(&self, source: &Path) -> bool {
-        let folder = source.file_name().and(source.parent());
-        folder.is_some() && folder == self.0.empty_dirs.get().map(PathBuf::as_path)
+    /// The places of volumes that no container uses any more, and that the guest has not let go of so far.
+    pub(crate) fn ended(&self) -> Vec<PathBuf> {
+        self.all().ended.clone()
+    }
+
+    /// The guest has let go of these.
+    pub(crate) fn released(&self, places: &[PathBuf]) {
+        self.all().ended.retain(|place| !places.contains(place));
     }
 
     fn add(&self, identity: Identity, access: Access) -> Use {
@@ -206,7 +220,7 @@ impl Use {
         Ok(())
     }
 
-    /// Answers where the volume is mounted if it was the last use: the next one has another mount.
+    /// Answers where the volume is mounted if it was the last use: the next one has another mount. The guest is to let go of it.
     pub(crate) fn end(self) -> Option<PathBuf> {
         let mut all = self.volumes.all();
         let place = all
@@ -219,8 +233,11 @@ impl Use {
         }
         all.used.swap_remove(place);
         // Nobody else has it, so that nobody is mounting it.
-        let mounted = self.volume.mounted.lock().unwrap_or_else(PoisonError::into_inner);
-        mounted.then(|| self.volume.place.clone())
+        if !*self.volume.mounted.lock().unwrap_or_else(PoisonError::into_inner) {
+            return None;
+        }
+        all.ended.push(self.volume.place.clone());
+        Some(self.volume.place.clone())
     }
 }
 
@@ -228,7 +245,6 @@ impl Use {
 mod tests {
     use std::cell::Cell;
 
-    use coreos_kvm_launcher::mountinfo;
     use nix::{
         mount::{MsFlags, mount},
         sched::{CloneFlags, unshare},
@@ -270,7 +286,11 @@ mod tests {
         writer.mount(|_| panic!("it is mounted")).unwrap();
 
         assert_eq!(writer.end(), None);
+        assert_eq!(volumes.ended(), Vec::<PathBuf>::new());
         assert_eq!(late.end(), Some(".volumes/1".into()));
+        assert_eq!(volumes.ended(), [Path::new(".volumes/1")], "until the guest is told");
+        volumes.released(&volumes.ended());
+        assert_eq!(volumes.ended(), Vec::<PathBuf>::new());
         assert_eq!(reader.end(), None);
         assert_eq!(other.end(), None, "it has not been mounted");
         assert_eq!(place(Some(&of(Access::Read))), Some(".volumes/2"));
@@ -279,11 +299,11 @@ mod tests {
     #[test]
     fn an_empty_dir_of_the_pods_own_is_one_for_readers_and_writers_in_any_order() {
         let there = tempfile::tempdir().unwrap();
-        let empty_dirs = there.path().join("empty-dirs");
-        let (own, below) = (empty_dirs.join("data"), empty_dirs.join("data/below"));
-        std::fs::create_dir_all(&below).unwrap();
         let volumes = PodVolumes::default();
-        volumes.own(empty_dirs.clone());
+        volumes.own(EmptyDirs::of(there.path(), "a-uid").unwrap());
+        let own = there.path().join("pods/a-uid/volumes/kubernetes.io~empty-dir/data");
+        let below = own.join("below");
+        std::fs::create_dir_all(&below).unwrap();
         let of = |source: &Path, access| used(&volumes, &volume(source, access)).unwrap();
         let (reader, writer) = (of(&own, Access::Read), of(&own, Access::Write));
         assert_eq!(reader.place(), writer.place());
@@ -294,14 +314,7 @@ mod tests {
         };
         assert_eq!(access(&reader), Some(Access::Write));
         // What a pod can make there may lead anywhere.
-        for other in [&below, &empty_dirs.join("data/.."), &empty_dirs.join("..")] {
-            assert_eq!(
-                access(&of(other, Access::Read)),
-                Some(Access::Read),
-                "{}",
-                other.display()
-            );
-        }
+        assert_eq!(access(&of(&below, Access::Read)), Some(Access::Read));
     }
 
     #[test]

@@ -39,7 +39,7 @@ pub(crate) struct Share {
     pub(crate) shared: PathBuf,
 }
 
-/// The mounts of one container. Dropping it unmounts them.
+/// The mounts of one container, and its part in those of the pod. Dropping it unmounts what nobody else uses.
 #[derive(Debug)]
 pub(crate) struct ContainerFiles {
     share: Share,
@@ -47,7 +47,8 @@ pub(crate) struct ContainerFiles {
     folder: PathBuf,
     /// What is the container's alone, below the share.
     mounted: Vec<PathBuf>,
-    /// What is the pod's.
+    volumes: PodVolumes,
+    /// Those of the pod's volumes that it has.
     used: Vec<Use>,
     /// What no container of the pod uses any more.
     unused: Vec<PathBuf>,
@@ -73,6 +74,7 @@ impl ContainerFiles {
             share,
             folder: id.into(),
             mounted: Vec::new(),
+            volumes: volumes.clone(),
             used: Vec::new(),
             unused: Vec::new(),
         };
@@ -146,11 +148,11 @@ impl ContainerFiles {
         mounted.map(|()| place)
     }
 
-    /// Gives up the volumes that are the pod's. Answers those that no container uses any more, as places below the share: they are
-    /// unmounted with the container's own, of which the guest is to have let go by then.
-    pub(crate) fn give_up_volumes(&mut self) -> &[PathBuf] {
+    /// Gives up the volumes that are the pod's. Those that no container uses any more are unmounted with the container's own; the guest is
+    /// to let go of them first.
+    pub(crate) fn give_up_volumes(&mut self) -> &PodVolumes {
         self.unused.extend(self.used.drain(..).filter_map(Use::end));
-        &self.unused
+        &self.volumes
     }
 
     /// Unmounts everything and removes the mount points.

@@ -6,7 +6,7 @@ use std::{
     fs::File,
     io::{self, Read},
     os::fd::OwnedFd,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     str::FromStr,
 };
 
@@ -20,9 +20,42 @@ const FILE_MAX: u64 = 2 << 20;
 /// The kubelet's name of the plugin for emptyDir volumes, as a folder.
 pub(crate) const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 
-/// The folder of the emptyDir volumes of the pod that has this uid; they are folders right in it (`GetPodVolumeDir` in the kubelet).
-pub(crate) fn empty_dirs(kubelet_dir: &Path, pod_uid: &str) -> Option<PathBuf> {
-    is_uid(pod_uid).then(|| kubelet_dir.join("pods").join(pod_uid).join("volumes").join(EMPTY_DIR))
+/// The emptyDir volumes of one pod.
+#[derive(Debug)]
+pub(crate) struct EmptyDirs {
+    /// They are right in it (`GetPodVolumeDir` in the kubelet).
+    volumes: PathBuf,
+    /// Mounts of folders in volumes, by the volume's name, the container's, and a number (`doBindSubPath` in the kubelet).
+    sub_paths: PathBuf,
+}
+
+impl EmptyDirs {
+    /// None for what is no uid.
+    pub(crate) fn of(kubelet_dir: &Path, pod_uid: &str) -> Option<Self> {
+        let pod = is_uid(pod_uid).then(|| kubelet_dir.join("pods").join(pod_uid))?;
+        Some(Self {
+            volumes: pod.join("volumes").join(EMPTY_DIR),
+            sub_paths: pod.join("volume-subpaths"),
+        })
+    }
+
+    /// Whether the path is one of them, or a `subPath` of one. By the path and not by where it leads, of which the pod can change only what
+    /// is below its volumes.
+    pub(crate) fn contain(&self, path: &Path) -> bool {
+        let parts = |folder: &Path| {
+            let below = path.strip_prefix(folder).ok()?.components();
+            let names = below.map(|part| match part {
+                Component::Normal(name) => Some(name),
+                _ => None,
+            });
+            names.collect::<Option<Vec<_>>>()
+        };
+        match (parts(&self.volumes).as_deref(), parts(&self.sub_paths).as_deref()) {
+            (Some([_]), _) => true,
+            (_, Some([volume, _, _])) => self.volumes.join(volume).is_dir(),
+            _ => false,
+        }
+    }
 }
 
 fn is_uid(text: &str) -> bool {
@@ -169,6 +202,30 @@ mod tests {
     use super::*;
 
     const UID: &str = "0f4a2f6c-7b1e-4b0e-9d57-0d6a3f0c6f11";
+
+    #[test]
+    fn the_pods_own_empty_dirs_are_told_from_all_else() {
+        let root = tempfile::tempdir().unwrap();
+        let own = EmptyDirs::of(root.path(), UID).unwrap();
+        assert!(EmptyDirs::of(root.path(), "..").is_none() && EmptyDirs::of(root.path(), "").is_none());
+        let pod = root.path().join("pods").join(UID);
+        fs::create_dir_all(pod.join("volumes/kubernetes.io~empty-dir/data")).unwrap();
+        for path in ["volumes/kubernetes.io~empty-dir/data", "volume-subpaths/data/web/0"] {
+            assert!(own.contain(&pod.join(path)), "{path}");
+        }
+        for path in [
+            "volumes/kubernetes.io~empty-dir",
+            "volumes/kubernetes.io~empty-dir/..",
+            "volumes/kubernetes.io~empty-dir/data/link",
+            "volumes/kubernetes.io~secret/data",
+            "volume-subpaths/secret/web/0",
+            "volume-subpaths/data/web",
+            "volume-subpaths/data/../0",
+            "../another/volumes/kubernetes.io~empty-dir/data",
+        ] {
+            assert!(!own.contain(&pod.join(path)), "{path}");
+        }
+    }
 
     /// A kubelet's directory with a pod that has one ConfigMap, laid out as the kubelet does.
     fn kubelet() -> tempfile::TempDir {

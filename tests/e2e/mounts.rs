@@ -37,10 +37,14 @@ fn of_the_pod(lab: &Together<'_>) -> Result<()> {
     on_node(
         lab,
         &folder,
-        "mkdir -p $0/plain $0/sub-path && mount --bind $0/plain $0/sub-path",
+        "mkdir -p $0/plain $0/sub-path $0/follows/late && mount --bind $0/plain $0/sub-path",
     )?;
     let tried = one_for_all(lab, &folder);
-    let unmounted = on_node(lab, &folder, "umount $0/sub-path && rm -r $0");
+    let unmounted = on_node(
+        lab,
+        &folder,
+        "umount $0/sub-path; ! mountpoint -q $0/follows/late || umount -l $0/follows/late; rm -r $0",
+    );
     tried.and(unmounted)
 }
 
@@ -90,7 +94,22 @@ fn one_for_all(lab: &Together<'_>, folder: &Path) -> Result<()> {
             read.stderr
         );
     }
-    for id in [&one, &two, &early] {
+    let follows = Container::new("follows", BUSYBOX).command(&["sleep", "2147483647"]);
+    let follows = follows
+        .host_path(&folder.join("follows"), "/follows", false)
+        .follows_the_node();
+    let follows = lab.run(&own.id, &follows, &own.pod)?;
+    on_node(
+        lab,
+        folder,
+        "mount -t tmpfs none $0/follows/late && echo late >$0/follows/late/file",
+    )?;
+    let seen = run(&follows, "cat /follows/late/file")?;
+    ensure!(
+        seen.stdout == "late\n",
+        "what the node mounts later does not show: {seen:?}"
+    );
+    for id in [&one, &two, &early, &follows] {
         lab.stop(id, Duration::ZERO)?;
         lab.remove(id)?;
     }
