@@ -243,8 +243,6 @@ impl Use {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
-
     use nix::{
         mount::{MsFlags, mount},
         sched::{CloneFlags, unshare},
@@ -267,6 +265,17 @@ mod tests {
         volumes.used(volume, &mountinfo::mounts().unwrap()).unwrap()
     }
 
+    /// How it is mounted for the first time.
+    fn access_of(used: &Use) -> Option<Access> {
+        let mut access = None;
+        let mount = |wanted| {
+            access = Some(wanted);
+            Ok(())
+        };
+        used.mount(mount).unwrap();
+        access
+    }
+
     fn place(used: Option<&Use>) -> Option<&str> {
         used.map(|used| used.place().to_str().unwrap())
     }
@@ -280,9 +289,7 @@ mod tests {
         let (writer, late) = (of(Access::Write), of(Access::Read));
         let places = [&reader, &other, &writer, &late].map(|used| place(Some(used)).unwrap());
         assert_eq!(places, [".volumes/0", ".volumes/0", ".volumes/1", ".volumes/1"]);
-        let access = Cell::new(None);
-        late.mount(|wanted| Ok(access.set(Some(wanted)))).unwrap();
-        assert_eq!(access.get(), Some(Access::Write));
+        assert_eq!(access_of(&late), Some(Access::Write));
         writer.mount(|_| panic!("it is mounted")).unwrap();
 
         assert_eq!(writer.end(), None);
@@ -307,14 +314,9 @@ mod tests {
         let of = |source: &Path, access| used(&volumes, &volume(source, access)).unwrap();
         let (reader, writer) = (of(&own, Access::Read), of(&own, Access::Write));
         assert_eq!(reader.place(), writer.place());
-        let access = |used: &Use| {
-            let access = Cell::new(None);
-            used.mount(|wanted| Ok(access.set(Some(wanted)))).unwrap();
-            access.get()
-        };
-        assert_eq!(access(&reader), Some(Access::Write));
+        assert_eq!(access_of(&reader), Some(Access::Write));
         // What a pod can make there may lead anywhere.
-        assert_eq!(access(&of(&below, Access::Read)), Some(Access::Read));
+        assert_eq!(access_of(&of(&below, Access::Read)), Some(Access::Read));
     }
 
     #[test]
