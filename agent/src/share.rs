@@ -142,14 +142,15 @@ pub(crate) fn mount_volumes(container_id: &str, spec: &Spec) -> Result<(), Strin
     Ok(())
 }
 
-/// Has the kernel mount what is at `path`. What a container mounts in it is not for the others, even one whose mounts are the guest's.
+/// Has the kernel mount what is at `path`. What a container mounts in it is not for the others, even if that has the guest's propagation
+/// of mounts.
 fn mount_alone(path: &Path) -> io::Result<()> {
-    // Nothing is read, which not even the host's root may everywhere.
+    // Without reading it, which the host's root may not everywhere (NFS, `root_squash`).
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     openat(CWD, path, flags, Mode::empty())?;
     let none = None::<&str>;
     match mount(none, path, none, MsFlags::MS_PRIVATE, none) {
-        // Where all of the share is one mount.
+        // It is no mount where all of the share is one, which a container has as its own.
         Ok(()) | Err(nix::Error::EINVAL) => Ok(()),
         Err(error) => Err(error.into()),
     }
@@ -178,7 +179,7 @@ pub(crate) fn let_go(folders: &[PathBuf]) -> io::Result<()> {
             continue;
         }
         match umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-            // It has gone with the one that it was below.
+            // It has gone meanwhile, or goes with the one that it is below.
             Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
             Err(error) => result = result.and(Err(error.into())),
         }

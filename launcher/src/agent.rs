@@ -59,7 +59,7 @@ pub enum AgentError {
 }
 
 impl AgentError {
-    /// The agent has not answered, and may have done what it was to do.
+    /// The agent has not answered: whether it did what it was to do is not known.
     pub fn is_silence(&self) -> bool {
         matches!(
             self,

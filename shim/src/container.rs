@@ -154,6 +154,7 @@ impl Container {
             };
             if let Err(error) = connected.await {
                 if let Err(problem) = agent.delete_process(init.name()).await {
+                    silent = problem.is_silence();
                     tracing::warn!(container_id = wanted.id, %problem, "the guest still has the container");
                 }
                 return Err(error);
@@ -465,9 +466,7 @@ impl Container {
                 self.see_it_end();
             }
             return match self.machine.agent().signal_process(process.name(), signal, all).await {
-                Err(
-                    error @ (AgentError::Unreachable { .. } | AgentError::Lost { .. } | AgentError::Timeout { .. }),
-                ) if process.is_init() && i32::try_from(signal) == Ok(libc::SIGKILL) => {
+                Err(error) if error.is_silence() && process.is_init() && i32::try_from(signal) == Ok(libc::SIGKILL) => {
                     // Answered before it has ended: with the event of that containerd deletes the task and hangs up, and who
                     // still waited for this answer would have none.
                     let container = self.clone();

@@ -210,7 +210,7 @@ impl Use {
     /// Has `mount` mount it there with this access, unless that has been done. Waits while another container does.
     ///
     /// # Errors
-    /// Those of `mount`.
+    /// Those of `mount`, after which the next one tries.
     pub(crate) fn mount(&self, mount: impl FnOnce(Access) -> Result<(), ShimError>) -> Result<(), ShimError> {
         let mut mounted = self.volume.mounted.lock().unwrap_or_else(PoisonError::into_inner);
         if !*mounted {
@@ -218,6 +218,13 @@ impl Use {
             *mounted = true;
         }
         Ok(())
+    }
+
+    /// Whether this is the folder that was looked at: its path may lead to another by now, to which the pod has no such access.
+    pub(crate) fn is_at(&self, path: &Path) -> io::Result<bool> {
+        let found = statx(CWD, path, AtFlags::empty(), StatxFlags::BASIC_STATS)?;
+        let Identity { device, inode, .. } = self.volume.identity;
+        Ok((device, inode) == ((found.stx_dev_major, found.stx_dev_minor), found.stx_ino))
     }
 
     /// Answers where the volume is mounted if it was the last use: the next one has another mount. The guest is to let go of it.
@@ -290,6 +297,8 @@ mod tests {
         let places = [&reader, &other, &writer, &late].map(|used| place(Some(used)).unwrap());
         assert_eq!(places, [".volumes/0", ".volumes/0", ".volumes/1", ".volumes/1"]);
         assert_eq!(access_of(&late), Some(Access::Write));
+        assert!(late.is_at(there.path()).unwrap());
+        assert!(!late.is_at(tempfile::tempdir().unwrap().path()).unwrap());
         writer.mount(|_| panic!("it is mounted")).unwrap();
 
         assert_eq!(writer.end(), None);

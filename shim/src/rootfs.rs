@@ -138,7 +138,16 @@ impl ContainerFiles {
                 access,
                 ..volume.clone()
             };
-            mount_volume(&volume, &self.share, &place, mappings).inspect_err(|_| {
+            let target = self.share.shared.join(&place);
+            let mounted = mount_volume(&volume, &self.share, &place, mappings).and_then(|()| {
+                let sharing = ShimError::while_doing(format!("sharing {}", volume.source.display()));
+                match used.is_at(&target) {
+                    Ok(true) => Ok(()),
+                    Ok(false) => detach(&target).and(Err(sharing(io::Error::other("it has just been replaced")))),
+                    Err(error) => detach(&target).and(Err(sharing(error))),
+                }
+            });
+            mounted.inspect_err(|_| {
                 // Whoever is next makes it again.
                 let _ = std::fs::remove_dir(self.share.points.join(&place));
             })

@@ -6,7 +6,7 @@ use std::{
     fs::File,
     io::{self, Read},
     os::fd::OwnedFd,
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
     str::FromStr,
 };
 
@@ -20,41 +20,22 @@ const FILE_MAX: u64 = 2 << 20;
 /// The kubelet's name of the plugin for emptyDir volumes, as a folder.
 pub(crate) const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 
-/// The emptyDir volumes of one pod.
+/// The emptyDir volumes of one pod: the folders right in this one (`GetPodVolumeDir` in the kubelet).
 #[derive(Debug)]
-pub(crate) struct EmptyDirs {
-    /// They are right in it (`GetPodVolumeDir` in the kubelet).
-    volumes: PathBuf,
-    /// Mounts of folders in volumes, by the volume's name, the container's, and a number (`doBindSubPath` in the kubelet).
-    sub_paths: PathBuf,
-}
+pub(crate) struct EmptyDirs(PathBuf);
 
 impl EmptyDirs {
     /// None for what is no uid.
     pub(crate) fn of(kubelet_dir: &Path, pod_uid: &str) -> Option<Self> {
-        let pod = is_uid(pod_uid).then(|| kubelet_dir.join("pods").join(pod_uid))?;
-        Some(Self {
-            volumes: pod.join("volumes").join(EMPTY_DIR),
-            sub_paths: pod.join("volume-subpaths"),
-        })
+        let volumes = is_uid(pod_uid).then(|| kubelet_dir.join("pods").join(pod_uid).join("volumes"))?;
+        Some(Self(volumes.join(EMPTY_DIR)))
     }
 
-    /// Whether the path is one of them, or a `subPath` of one. By the path and not by where it leads, of which the pod can change only what
-    /// is below its volumes.
+    /// Whether the path is one of them. It is the path that counts, not where it leads: what a pod can have lead elsewhere is in a volume. A
+    /// `subPath` is none, for by its path it may be that of a claim.
     pub(crate) fn contain(&self, path: &Path) -> bool {
-        let parts = |folder: &Path| {
-            let below = path.strip_prefix(folder).ok()?.components();
-            let names = below.map(|part| match part {
-                Component::Normal(name) => Some(name),
-                _ => None,
-            });
-            names.collect::<Option<Vec<_>>>()
-        };
-        match (parts(&self.volumes).as_deref(), parts(&self.sub_paths).as_deref()) {
-            (Some([_]), _) => true,
-            (_, Some([volume, _, _])) => self.volumes.join(volume).is_dir(),
-            _ => false,
-        }
+        // The file name of `..` is None.
+        path.file_name().is_some() && path.parent() == Some(&self.0)
     }
 }
 
@@ -209,18 +190,13 @@ mod tests {
         let own = EmptyDirs::of(root.path(), UID).unwrap();
         assert!(EmptyDirs::of(root.path(), "..").is_none() && EmptyDirs::of(root.path(), "").is_none());
         let pod = root.path().join("pods").join(UID);
-        fs::create_dir_all(pod.join("volumes/kubernetes.io~empty-dir/data")).unwrap();
-        for path in ["volumes/kubernetes.io~empty-dir/data", "volume-subpaths/data/web/0"] {
-            assert!(own.contain(&pod.join(path)), "{path}");
-        }
+        assert!(own.contain(&pod.join("volumes/kubernetes.io~empty-dir/data")));
         for path in [
             "volumes/kubernetes.io~empty-dir",
             "volumes/kubernetes.io~empty-dir/..",
             "volumes/kubernetes.io~empty-dir/data/link",
             "volumes/kubernetes.io~secret/data",
-            "volume-subpaths/secret/web/0",
-            "volume-subpaths/data/web",
-            "volume-subpaths/data/../0",
+            "volume-subpaths/data/web/0",
             "../another/volumes/kubernetes.io~empty-dir/data",
         ] {
             assert!(!own.contain(&pod.join(path)), "{path}");
