@@ -232,7 +232,7 @@ async fn a_guest_that_leaves_a_killed_container_alone_is_ended() {
     // Its watch begins.
     tokio::task::yield_now().await;
     tokio::time::pause();
-    tokio::time::advance(crate::container::DEATH * 2).await;
+    tokio::time::advance(crate::container::end::DEATH * 2).await;
     tokio::time::resume();
     assert_eq!(node.events(2).await, ["exit c1 137", "exit sandbox 137"]);
 }
