@@ -8,6 +8,7 @@
 //! - [`forward`]: connections to the guest's loopback
 //! - [`cgroup`], [`stats`]: the containers' cgroups and what they say; [`passwd`] and [`workdir`]: their users' homes
 //!   and the folders they start in
+//! - [`heap`]: what the allocator keeps
 //! - [`share`], [`mounts`], [`network`], [`identity`], [`size`]: making the guest the pod's
 //! - [`template`], [`quiet`], [`free_memory`], [`rehearsal`]: being saved, and waking up as another machine
 //! - [`greeting`]: telling the host that all this is there
@@ -19,6 +20,7 @@ mod error;
 mod forward;
 mod free_memory;
 mod greeting;
+mod heap;
 mod identity;
 mod mounts;
 mod network;
@@ -59,6 +61,7 @@ fn start_logging() {
 }
 
 fn main() -> Result<()> {
+    heap::keep();
     // Containers' processes outlive the process that made them, and become this one's children.
     nix::sys::prctl::set_child_subreaper(true).context("becoming the subreaper of containers")?;
     // SAFETY: nothing has started a thread so far.

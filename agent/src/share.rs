@@ -243,9 +243,13 @@ fn mount_fuse() -> io::Result<Waiting> {
     let [(begin_requests, begun), (begin_replies, replies_begun)] = [mpsc::channel(), mpsc::channel()];
     let (requested, carrier) = (fuse.clone(), port.clone());
     carry("share-requests", move || requests(&requested, &carrier, &begun))?;
-    carry("share-replies", move || match replies_begun.recv() {
-        Ok(()) => replies(&fuse, &port),
-        Err(mpsc::RecvError) => Ok(()),
+    carry("share-replies", move || {
+        // Ahead, too.
+        let mut buffer = vec![0; MESSAGE_MAX];
+        match replies_begun.recv() {
+            Ok(()) => replies(&fuse, &port, &mut buffer),
+            Err(mpsc::RecvError) => Ok(()),
+        }
     })?;
     Ok(Waiting([begin_requests, begin_replies]))
 }
@@ -293,9 +297,8 @@ fn next_request(mut fuse: &File, request: &mut [u8]) -> io::Result<Option<usize>
     }
 }
 
-/// Carries replies in.
-fn replies(mut fuse: &File, port: &OwnedFd) -> io::Result<()> {
-    let mut buffer = vec![0; MESSAGE_MAX];
+/// Carries replies in. The buffer holds the longest.
+fn replies(mut fuse: &File, port: &OwnedFd, buffer: &mut [u8]) -> io::Result<()> {
     let mut filled = 0;
     loop {
         filled += read(port, &mut buffer[filled..])?;
