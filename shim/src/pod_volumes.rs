@@ -250,12 +250,10 @@ impl Use {
 
 #[cfg(test)]
 mod tests {
-    use nix::{
-        mount::{MsFlags, mount},
-        sched::{CloneFlags, unshare},
-    };
+    use nix::mount::{MsFlags, mount};
 
     use super::*;
+    use crate::tests::in_own_mounts;
 
     fn volume(source: &Path, access: Access) -> Volume {
         Volume {
@@ -357,18 +355,13 @@ mod tests {
         assert!(error.contains("gone"), "{error}");
     }
 
-    /// On a thread with a mount namespace of its own, which takes all that is mounted with it.
     #[test]
     fn a_folder_is_the_same_through_another_mount_that_does_the_same() {
-        let there = tempfile::tempdir().unwrap();
-        let root = there.path().to_owned();
-        std::thread::spawn(move || through_others(&root)).join().unwrap();
+        in_own_mounts(through_others);
     }
 
     fn through_others(root: &Path) {
-        unshare(CloneFlags::CLONE_NEWNS).unwrap();
         let none = None::<&str>;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
         let folder = |name: &str| {
             let path = root.join(name);
             std::fs::create_dir(&path).unwrap();

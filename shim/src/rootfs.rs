@@ -388,12 +388,10 @@ fn remove_mount_points(directory: &Path) -> io::Result<()> {
 mod tests {
     use std::os::unix::fs::{MetadataExt, chown};
 
-    use nix::{
-        mount::{MsFlags, mount},
-        sched::{CloneFlags, unshare},
-    };
+    use nix::mount::{MsFlags, mount};
 
     use super::*;
+    use crate::tests::in_own_mounts;
     use crate::userns::tests::USERS;
 
     #[test]
@@ -410,26 +408,18 @@ mod tests {
         assert!(!is_above(&below, &mounts));
     }
 
-    /// On a thread with a mount namespace of its own, which takes all that is mounted with it.
     #[test]
     fn a_copy_of_a_volume_shows_what_it_is_to_and_takes_nothing_from_the_host() {
-        let there = tempfile::tempdir().unwrap();
-        let root = there.path().to_owned();
-        std::thread::spawn(move || copies(&root)).join().unwrap();
+        in_own_mounts(copies);
     }
 
-    /// The same.
     #[test]
     fn the_owners_of_a_volume_are_others_and_its_own_on_the_host() {
-        let there = tempfile::tempdir().unwrap();
-        let root = there.path().to_owned();
-        std::thread::spawn(move || owners(&root)).join().unwrap();
+        in_own_mounts(owners);
     }
 
     fn owners(root: &Path) {
-        unshare(CloneFlags::CLONE_NEWNS).unwrap();
         let none = None::<&str>;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
         let folder = |name: &str| {
             let path = root.join(name);
             std::fs::create_dir(&path).unwrap();
@@ -459,9 +449,7 @@ mod tests {
     }
 
     fn copies(root: &Path) {
-        unshare(CloneFlags::CLONE_NEWNS).unwrap();
         let none = None::<&str>;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
         // Both shared: the host's volume by systemd, the machine's directory for who serves it.
         let tmpfs = |path: &Path| {
             std::fs::create_dir(path).unwrap();

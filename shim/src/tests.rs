@@ -18,7 +18,10 @@ use containerd_shim_protos::{
     shim_async::Task,
 };
 use coreos_kvm_launcher::{machine::Machine, mountinfo};
-use nix::mount::{MntFlags, umount2};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+};
 use oci_spec::runtime::Spec;
 use protobuf::Message;
 use serde_json::{Value, json};
@@ -57,6 +60,19 @@ impl Drop for Node {
             let _ = umount2(point, MntFlags::MNT_DETACH);
         }
     }
+}
+
+/// Runs `trial` in a folder that goes with it, on a thread with a mount namespace of its own, which takes all that is mounted with it.
+pub(crate) fn in_own_mounts(trial: impl FnOnce(&Path) + Send + 'static) {
+    let there = tempfile::tempdir().unwrap();
+    let root = there.path().to_owned();
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        trial(&root);
+    });
+    thread.join().unwrap();
 }
 
 impl Node {
