@@ -10,6 +10,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use nix::{
@@ -26,6 +27,16 @@ use crate::{console::Tail, state::ProcessId};
 
 /// Bytes of a process's own messages that are kept for an error message.
 const MESSAGES: usize = 4096;
+
+/// Held while a process is being started: one by fork(2) until it is there, others until they are another program.
+static STARTING: Mutex<()> = Mutex::new(());
+
+/// As long as its answer is held, no process is being started here: none gets what is mapped meanwhile, and not yet kept from it by
+/// madvise(2), MADV_DONTFORK.
+pub(crate) fn no_process_starts() -> MutexGuard<'static, ()> {
+    // It guards no data that could be left half written.
+    STARTING.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A process could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -105,7 +116,11 @@ impl Process {
         let parent = nix::unistd::getpid();
         // SAFETY: between fork and exec only system calls are made, on memory that was allocated before; see `confine`.
         unsafe { command.pre_exec(move || confine(&confinement, &numbers, parent)) };
-        let mut child = command.spawn().map_err(start)?;
+        let spawned = {
+            let _alone = no_process_starts();
+            command.spawn()
+        };
+        let mut child = spawned.map_err(start)?;
         drop(inherited);
 
         let messages = Tail::new(MESSAGES);
@@ -135,6 +150,7 @@ impl Process {
             source,
         };
         let parent = nix::unistd::getpid();
+        let alone = no_process_starts();
         // SAFETY: the child makes system calls on memory that was allocated before, see above, and ends.
         let child = match unsafe { nix::unistd::fork() }.map_err(|error| start(error.into()))? {
             ForkResult::Parent { child } => child,
@@ -145,6 +161,7 @@ impl Process {
                 unsafe { libc::_exit(done.map_or_else(failure, |()| 0)) }
             }
         };
+        drop(alone);
         let watched = watched(child).map_err(|error| {
             let _ = nix::sys::signal::kill(child, Signal::SIGKILL);
             start(error)

@@ -26,7 +26,10 @@ use super::{
     Manifest, Template, TemplateError,
     memory::{ID, is_damage},
 };
-use crate::state::{ProcessId, make_state_dir, read_bounded};
+use crate::{
+    process::no_process_starts,
+    state::{ProcessId, make_state_dir, read_bounded},
+};
 
 /// Whoever fills a memory has the register meanwhile: some tenths of a second for a memory of usual size.
 const REGISTER: Duration = Duration::from_secs(30);
@@ -290,10 +293,15 @@ fn empty(size: u64) -> io::Result<(File, MmapMut)> {
         MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
     )?);
     memory.set_len(size)?;
-    // SAFETY: the file cannot become shorter, and nothing else has mapped it to write to it.
-    let writer = unsafe { MmapMut::map_mut(&memory) }?;
-    // A process that is just being started would have it until it is another program, and a seal is refused as long as anybody has.
-    writer.advise(Advice::DontFork)?;
+    let writer = {
+        // A process of this one's would have it as long as it lives, or until it is another program, and a seal is refused as long as
+        // anybody has it.
+        let _alone = no_process_starts();
+        // SAFETY: the file cannot become shorter, and nothing else has mapped it to write to it.
+        let writer = unsafe { MmapMut::map_mut(&memory) }?;
+        writer.advise(Advice::DontFork)?;
+        writer
+    };
     let seals = SealFlag::F_SEAL_FUTURE_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK;
     fcntl(&memory, FcntlArg::F_ADD_SEALS(seals))?;
     Ok((memory, writer))
@@ -390,7 +398,11 @@ mod tests {
     use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 
     use super::*;
-    use crate::{accel::Acceleration, template::memory};
+    use crate::{
+        accel::Acceleration,
+        process::{Confinement, Process},
+        template::memory,
+    };
 
     const KEY: &str = "00112233445566778899aabbccddeeff";
     const SIZE: u64 = 1 << 20;
@@ -502,29 +514,29 @@ mod tests {
         assert_eq!(byte, [7]);
     }
 
-    #[test]
-    fn a_program_that_is_being_started_does_not_keep_a_memory_from_being_sealed() {
-        use std::os::unix::process::CommandExt;
-
+    #[tokio::test]
+    async fn processes_that_start_while_memories_are_made_have_nothing_of_them() {
         let root = tempfile::tempdir().unwrap();
         let template = template(root.path(), 1, 7);
-        let (memory, writer) = empty(SIZE).unwrap();
-        let (mut forked, says_so) = std::io::pipe().unwrap();
-        let (waits, goes_on) = std::io::pipe().unwrap();
-        let mut command = std::process::Command::new("true");
-        // SAFETY: only read(2) and write(2) between fork and exec.
-        unsafe {
-            command.pre_exec(move || {
-                io::Write::write_all(&mut &says_so, b"x")?;
-                io::Read::read_exact(&mut &waits, &mut [0])
-            });
+        let making = tokio::task::spawn_blocking(move || {
+            for _ in 0..500 {
+                let (memory, writer) = empty(SIZE).unwrap();
+                fill(&template, &memory, writer, oneshot::channel().0).unwrap();
+            }
+        });
+        let mut started = std::collections::VecDeque::new();
+        while !making.is_finished() {
+            // One that never becomes another program.
+            let waits = || loop {
+                // SAFETY: takes nothing.
+                unsafe { libc::pause() };
+            };
+            started.push_back(Process::fork(waits, &Confinement::default()).unwrap());
+            if started.len() > 8 {
+                started.pop_front().unwrap().kill().await;
+            }
         }
-        let starting = std::thread::spawn(move || command.spawn());
-        io::Read::read_exact(&mut forked, &mut [0]).unwrap();
-        let filled = fill(&template, &memory, writer, oneshot::channel().0);
-        io::Write::write_all(&mut &goes_on, b"x").unwrap();
-        starting.join().unwrap().unwrap().wait().unwrap();
-        filled.unwrap();
+        making.await.unwrap();
     }
 
     #[test]
