@@ -1,12 +1,12 @@
 //! Telling the host that the agent serves, so that it need not ask again and again.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use anyhow::{Context as _, Result};
-use coreos_kvm_proto::{GREETING, PROTOCOL, READY_PORT, READY_PORT_ARGUMENT};
-use tokio::io::AsyncWriteExt;
+use coreos_kvm_proto::{CONFIGURED, GREETING, PROTOCOL, READY_PORT, READY_PORT_ARGUMENT};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::connections::Host;
+use crate::{connections::Host, identity};
 
 /// The host listens before it starts the guest, so a connection is a matter of moments.
 const GREET: Duration = Duration::from_secs(30);
@@ -27,16 +27,36 @@ pub(crate) fn port() -> u32 {
         .unwrap_or(READY_PORT)
 }
 
-/// Dials the host at `port` and says who is there.
-pub(crate) async fn greet(host: &Host, port: u32) -> Result<()> {
+/// Dials the host at `port` and says who is there; `configured` as in [`CONFIGURED`]. What the host answers about the clock is done before
+/// anything that the host asks for later.
+pub(crate) async fn greet(host: &Host, port: u32, configured: bool) -> Result<()> {
+    let mut greeting = format!("{GREETING} {PROTOCOL} {}", env!("CARGO_PKG_VERSION")).into_bytes();
+    if configured {
+        greeting.extend_from_slice(b" ");
+        greeting.extend_from_slice(CONFIGURED.as_bytes());
+    }
+    greeting.push(b'\n');
     let greet = async {
         let mut stream = host.dial(port).await?;
-        let line = format!("{GREETING} {PROTOCOL} {}\n", env!("CARGO_PKG_VERSION"));
-        stream.write_all(line.as_bytes()).await?;
-        stream.shutdown().await
+        // Nothing between the two that takes long: the host takes it for the time at which it hears it.
+        let clock = identity::adjust_clock(0, false).map_err(io::Error::other)?;
+        greeting.extend_from_slice(&clock.to_be_bytes());
+        stream.write_all(&greeting).await?;
+        stream.flush().await?;
+        Ok::<_, io::Error>(stream)
     };
-    tokio::time::timeout(GREET, greet)
+    let mut stream = tokio::time::timeout(GREET, greet)
         .await
         .context("the host does not answer")?
-        .with_context(|| format!("dialing port {port} of the host"))
+        .with_context(|| format!("dialing port {port} of the host"))?;
+    tokio::spawn(async move {
+        // The host closes without an answer when it is going to ask.
+        let answer = tokio::time::timeout(GREET, stream.read_i64()).await;
+        if let Ok(Ok(behind)) = answer
+            && let Err(error) = identity::adjust_clock(behind, false)
+        {
+            tracing::warn!(%error, "the clock is not set");
+        }
+    });
+    Ok(())
 }

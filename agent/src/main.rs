@@ -45,7 +45,7 @@ use std::{sync::Arc, time::Instant};
 use anyhow::{Context as _, Result, bail};
 use connections::{Connections, Host};
 use coreos_kvm_proto::{MESSAGE_MAX, agent_ttrpc};
-use template::Template;
+use template::{Awake, Template};
 use ttrpc::asynchronous::transport::Listener;
 
 /// Logs go to the journal by stderr; `coreos_kvm.agent_log=debug` on the kernel's command line shows more.
@@ -107,34 +107,52 @@ async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
     let containers = Arc::new(containers::Containers::new(reaper, zygote, cgroup));
 
     let (mut connections, calls) = Connections::listen(containers.clone()).context("listening for the host")?;
-    let service = service::Service::new(containers.clone(), share.clone(), shm);
+    let service = Arc::new(service::Service::new(containers.clone(), share.clone(), shm));
     let mut server = ttrpc::asynchronous::Server::new()
         .add_listener(Listener::new(calls))
-        .register_service(agent_ttrpc::create_agent(Arc::new(service)));
+        .register_service(agent_ttrpc::create_agent(service.clone()));
     server.start().await.context("serving calls")?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         message_max = MESSAGE_MAX,
         "agent serves"
     );
-    let (host, ready_port) = match template {
+    let (host, ready_port, configured) = match template {
         Some(template) => {
             let awake = template.sleep(&containers).await;
-            let awake = awake.context("becoming a machine of its own")?;
-            let host = match awake.connections {
+            let mut awake = awake.context("becoming a machine of its own")?;
+            let host = match awake.connections.take() {
                 Some(port) => {
                     share.comes_by_serial_port();
                     connections.serve(port)
                 }
                 None => Host::Vsock,
             };
-            (host, awake.ready_port)
+            let configured = configure(&service, &awake).await.unwrap_or_else(|error| {
+                // The host asks again, and hears why.
+                tracing::warn!(%error, "the guest is not what it is to be yet");
+                false
+            });
+            (host, awake.ready_port, configured)
         }
-        None => (Host::Vsock, greeting::port()),
+        None => (Host::Vsock, greeting::port(), false),
     };
-    greeting::greet(&host, ready_port).await.context("greeting the host")?;
+    greeting::greet(&host, ready_port, configured)
+        .await
+        .context("greeting the host")?;
     tokio::select! {
         result = connections.ended() => result.context("serving the host"),
         exit = zygote_end => bail!("the zygote has ended with code {}", exit.status),
     }
+}
+
+/// What a clone is told to do before it greets; false when it is told nothing.
+async fn configure(service: &service::Service, awake: &Awake) -> Result<bool, error::AgentError> {
+    if let Some(network) = &awake.network {
+        network::configure(network).await?;
+    }
+    if let Some(sandbox) = &awake.sandbox {
+        service.make_the_pods(sandbox).await?;
+    }
+    Ok(awake.network.is_some() || awake.sandbox.is_some())
 }

@@ -42,7 +42,7 @@ async fn configure_by(handle: &Handle, request: &ConfigureNetworkRequest) -> Res
     up(handle, 1, "lo").await?;
     let mut indexes = HashMap::new();
     for interface in &request.interfaces {
-        let index = find(&interface.mac).await?;
+        let index = find(&interface.mac, &interface.name).await?;
         configure_interface(handle, index, interface).await?;
         indexes.insert(interface.name.as_str(), index);
     }
@@ -66,19 +66,18 @@ async fn configure_by(handle: &Handle, request: &ConfigureNetworkRequest) -> Res
 async fn configure_interface(handle: &Handle, index: u32, interface: &Interface) -> Result<(), AgentError> {
     let name = &interface.name;
     let what = |what: &str| AgentError::failed(format!("{what} of interface {name} failed"));
+    let named = async || {
+        let settings = LinkUnspec::new_with_index(index).name(name.clone()).mtu(interface.mtu);
+        handle.link().set(settings.build()).execute().await
+    };
+    let mut done = named().await;
     // A name can be changed only while the interface is down.
-    let settings = LinkUnspec::new_with_index(index).down().build();
-    handle.link().set(settings).execute().await.map_err(what("halting"))?;
-    let settings = LinkUnspec::new_with_index(index)
-        .name(name.clone())
-        .mtu(interface.mtu)
-        .build();
-    handle
-        .link()
-        .set(settings)
-        .execute()
-        .await
-        .map_err(what("setting name and MTU"))?;
+    if done.as_ref().is_err_and(|error| refused_with(error, libc::EBUSY)) {
+        let settings = LinkUnspec::new_with_index(index).down().build();
+        handle.link().set(settings).execute().await.map_err(what("halting"))?;
+        done = named().await;
+    }
+    done.map_err(what("setting name and MTU"))?;
     for address in &interface.addresses {
         let (ip, length) = parse_prefix(address)?;
         if ip.is_ipv6() {
@@ -101,12 +100,12 @@ async fn up(handle: &Handle, index: u32, name: &str) -> Result<(), AgentError> {
         .map_err(AgentError::failed(format!("bringing up interface {name} failed")))
 }
 
-/// The interface with that address: its index.
-async fn find(mac: &str) -> Result<u32, AgentError> {
+/// The interface with that address, which may have its name already: its index.
+async fn find(mac: &str, name: &str) -> Result<u32, AgentError> {
     parse_mac(mac)?;
     let deadline = Instant::now() + DEVICE;
     loop {
-        if let Some(index) = index_of(Path::new(INTERFACES), mac) {
+        if let Some(index) = index_of(Path::new(INTERFACES), mac, name) {
             return Ok(index);
         }
         if Instant::now() > deadline {
@@ -118,16 +117,20 @@ async fn find(mac: &str) -> Result<u32, AgentError> {
     }
 }
 
-/// By sysfs: netlink's list of the interfaces has all that there is to say of each. The first one that came, for what is made on an
-/// interface, such as a VLAN, mostly has its address.
-fn index_of(interfaces: &Path, mac: &str) -> Option<u32> {
-    let interfaces = fs::read_dir(interfaces).ok()?.flatten();
-    let index = |interface: fs::DirEntry| {
-        let said = |what: &str| fs::read_to_string(interface.path().join(what)).ok();
+/// By sysfs: netlink's list of the interfaces has all that there is to say of each. The one of that name, if it is the one, for a clone's
+/// kernel mostly has given it that; or the first one that came, for what is made on an interface, such as a VLAN, mostly has its
+/// address.
+fn index_of(interfaces: &Path, mac: &str, name: &str) -> Option<u32> {
+    let index = |interface: &Path| {
+        let said = |what: &str| fs::read_to_string(interface.join(what)).ok();
         let has_it = said("address")?.trim().eq_ignore_ascii_case(mac);
         has_it.then(|| said("ifindex")?.trim().parse().ok())?
     };
-    interfaces.filter_map(index).min()
+    let named = index(&interfaces.join(name));
+    named.or_else(|| {
+        let interfaces = fs::read_dir(interfaces).ok()?.flatten();
+        interfaces.filter_map(|interface| index(&interface.path())).min()
+    })
 }
 
 async fn add_route(handle: &Handle, route: &Route, index: u32) -> Result<(), AgentError> {
@@ -209,11 +212,17 @@ async fn add_neighbour(handle: &Handle, neighbour: &Neighbour, index: u32) -> Re
 /// What is there already needs not be added.
 fn unless_there(result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
     match result {
-        Err(rtnetlink::Error::NetlinkError(ErrorMessage { code: Some(code), .. })) if -code.get() == libc::EEXIST => {
-            Ok(())
-        }
+        Err(error) if refused_with(&error, libc::EEXIST) => Ok(()),
         result => result,
     }
+}
+
+/// Whether that is the kernel's answer.
+fn refused_with(error: &rtnetlink::Error, number: i32) -> bool {
+    let rtnetlink::Error::NetlinkError(ErrorMessage { code: Some(code), .. }) = error else {
+        return false;
+    };
+    -code.get() == number
 }
 
 fn parse_ip(text: &str) -> Result<IpAddr, AgentError> {
@@ -269,9 +278,11 @@ mod tests {
             fs::write(interface.join("address"), format!("{address}\n")).unwrap();
             fs::write(interface.join("ifindex"), format!("{index}\n")).unwrap();
         }
-        assert_eq!(index_of(interfaces.path(), "0A:58:0a:58:00:04"), Some(7));
-        assert_eq!(index_of(interfaces.path(), "0a:58:0a:58:00:05"), None);
-        assert_eq!(index_of(Path::new("/nowhere"), "0a:58:0a:58:00:04"), None);
+        assert_eq!(index_of(interfaces.path(), "0A:58:0a:58:00:04", "eth0"), Some(7));
+        assert_eq!(index_of(interfaces.path(), mac, "lo"), Some(7));
+        assert_eq!(index_of(interfaces.path(), mac, "vlan"), Some(10));
+        assert_eq!(index_of(interfaces.path(), "0a:58:0a:58:00:05", "eth0"), None);
+        assert_eq!(index_of(Path::new("/nowhere"), mac, "eth0"), None);
     }
 
     #[test]

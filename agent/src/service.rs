@@ -32,6 +32,19 @@ impl Service {
     pub(crate) fn new(containers: Arc<Containers>, share: Arc<Share>, shm: Arc<Shm>) -> Self {
         Self { containers, share, shm }
     }
+
+    /// What [`Agent::configure_sandbox`] does.
+    pub(crate) async fn make_the_pods(&self, request: &proto::ConfigureSandboxRequest) -> Result<(), AgentError> {
+        identity::set_hostname(&request.hostname)?;
+        self.share.mount(&request.shared_tag).await?;
+        self.shm.mount(request.shm_size)?;
+        if let Some(users) = request.users.as_ref().map(IdMappings::of).transpose()? {
+            self.shm.give(users.root())?;
+            mounts::mqueue()?;
+            self.containers.make_users(users).await?;
+        }
+        identity::set_sysctls(&request.sysctls)
+    }
 }
 
 type Answer<T> = ttrpc::Result<T>;
@@ -74,15 +87,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: proto::ConfigureSandboxRequest,
     ) -> Answer<proto::Empty> {
-        identity::set_hostname(&request.hostname)?;
-        self.share.mount(&request.shared_tag).await?;
-        self.shm.mount(request.shm_size)?;
-        if let Some(users) = request.users.as_ref().map(IdMappings::of).transpose()? {
-            self.shm.give(users.root())?;
-            mounts::mqueue()?;
-            self.containers.make_users(users).await?;
-        }
-        empty(identity::set_sysctls(&request.sysctls))
+        empty(self.make_the_pods(&request).await)
     }
 
     async fn adjust_clock(

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use coreos_kvm_proto::{
     AGENT_SERIAL_PORT, PROTOCOL, TEMPLATE_ARGUMENT, WAKE_MAX,
-    agent::{Awakening, TemplateReady},
+    agent::{Awakening, ConfigureNetworkRequest, ConfigureSandboxRequest, TemplateReady},
 };
 use protobuf::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -91,7 +91,7 @@ impl Template {
         let renewed = begin.elapsed();
         quiet::unmark()?;
         quiet::find_new_devices()?;
-        tracing::info!(?renewed, awake = ?begin.elapsed(), "the guest is a machine of its own");
+        tracing::debug!(?renewed, awake = ?begin.elapsed(), "the guest is a machine of its own");
         tokio::spawn(async move {
             tokio::time::sleep(LATER).await;
             others.let_on();
@@ -102,16 +102,20 @@ impl Template {
         Ok(Awake {
             ready_port: told.ready_port,
             connections: told.serial.then_some(port),
+            network: told.network.into_option(),
+            sandbox: told.sandbox.into_option(),
         })
     }
 }
 
-/// What a clone is told about its ways to the host.
+/// What a clone is told about its ways to the host, and what it is to do before it greets.
 pub(crate) struct Awake {
     /// Port of the host that waits for the clone's greeting.
     pub(crate) ready_port: u32,
     /// What connections are made on, in a clone that has no vsock. Its share comes by a serial port, too.
     pub(crate) connections: Option<SerialPort>,
+    pub(crate) network: Option<ConfigureNetworkRequest>,
+    pub(crate) sandbox: Option<ConfigureSandboxRequest>,
 }
 
 /// Sends a message: its length, 4 bytes, big-endian, and it.

@@ -3,6 +3,8 @@
 
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
+use coreos_kvm_proto::agent::ConfigureSandboxRequest;
+
 use crate::{accel::AccelerationChoice, disk::Disk, forward::Forward, guest::Guest, size::Size, template::Key};
 
 /// Name of a machine: the pod's sandbox id, or whatever the caller of the command chose. Safe as a file name.
@@ -76,6 +78,8 @@ pub struct Machine {
     pub kernel_args: Vec<String>,
     /// How the guest is on the network.
     pub network: Network,
+    /// What makes the guest a pod's, where it is one's: done before the machine counts as started.
+    pub sandbox: Option<ConfigureSandboxRequest>,
     /// A disk that the guest may write to; without one, whatever it writes is in its memory.
     pub disk: Option<Disk>,
     /// Directory below the cgroup hierarchies' roots in which QEMU and its helpers live; made and removed with the machine.
@@ -291,6 +295,7 @@ pub(crate) mod tests {
             hostname: None,
             kernel_args: Vec::new(),
             network: Network::None,
+            sandbox: None,
             disk: None,
             cgroup: None,
             boot_timeout: Duration::from_secs(60),

@@ -35,7 +35,7 @@ mod ready;
 mod vhost;
 
 pub use multiplexed::Multiplexed;
-pub use ready::{GreetingError, ReadyListener};
+pub use ready::{GreetingError, GuestClock, ReadyListener};
 
 /// A guest that runs takes a connection, or refuses it, within moments.
 const DIAL: Duration = Duration::from_secs(5);

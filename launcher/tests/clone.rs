@@ -19,8 +19,9 @@ use coreos_kvm_launcher::{
     machine::{Growth, Machine},
     state::{CloneMode, Origin},
     template::Store,
-    vm::{self, Vm},
+    vm::{self, Vm, VmError},
 };
+use coreos_kvm_proto::agent::ConfigureSandboxRequest;
 use futures::future::join_all;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tokio::sync::Mutex;
@@ -393,6 +394,38 @@ async fn machines_that_start_at_once_make_one_template_and_are_its_clones() {
     let entries = store(&config).entries().unwrap();
     assert_eq!(entries.len(), 1);
     assert_ne!(&entries[0].key, key, "the one that was used before makes room");
+}
+
+#[rstest::rstest]
+#[case::copy_on_write(CloneModeChoice::CopyOnWrite)]
+#[case::copy(CloneModeChoice::Copy)]
+#[tokio::test]
+async fn a_pod_that_wants_what_cannot_be_hears_it_and_no_template_is_to_blame(#[case] mode: CloneModeChoice) {
+    let place = Place::of(mode).await;
+    let sandbox = |sysctl: &str| ConfigureSandboxRequest {
+        sandbox_id: "pod".to_owned(),
+        hostname: "pod-0".to_owned(),
+        sysctls: [(sysctl.to_owned(), "1".to_owned())].into(),
+        ..Default::default()
+    };
+    let mut machine = Machine {
+        sandbox: Some(sandbox("kernel.nothing_such")),
+        ..cloneable(&place, "wishful")
+    };
+    let folder = with_template(&place, &machine).await;
+    let error = Vm::start(&place.config, machine.clone()).await.err().unwrap();
+    assert!(matches!(error, VmError::Sandbox(_)), "{error:?}");
+    assert!(error.to_string().contains("kernel.nothing_such"), "{error}");
+    let key = folder.file_name().unwrap().to_str().unwrap();
+    assert_eq!(store(&place.config).uses(key).failures, 0);
+    place.assert_nothing_is_left(&machine);
+
+    machine.sandbox = Some(sandbox("kernel.shm_rmid_forced"));
+    let vm = Vm::start(&place.config, machine.clone()).await.unwrap();
+    assert_clone(&place, &vm);
+    let seen = text(&vm, "hostname; cat /proc/sys/kernel/shm_rmid_forced").await;
+    assert_eq!(seen, "pod-0\n1");
+    end(&place, vec![vm], &[machine]).await;
 }
 
 #[tokio::test]

@@ -25,8 +25,14 @@ const fn size(vcpus: u32, memory_mib: u64) -> MachineSize {
 }
 
 async fn start(place: &Place, name: &str, growth: Option<Growth>, cloneable: bool) -> (Vm, Machine) {
+    let sandbox = ConfigureSandboxRequest {
+        sandbox_id: name.to_owned(),
+        shared_tag: SHARED_TAG.to_owned(),
+        ..Default::default()
+    };
     let machine = Machine {
         growth,
+        sandbox: Some(sandbox),
         cloneable,
         ..place.machine(name)
     };
@@ -75,12 +81,6 @@ async fn grows_and_shrinks(cloneable: bool) {
     let place = Place::new().await;
     let name = if cloneable { "clone" } else { "boot" };
     let (vm, machine) = start(&place, name, Some(MOST), cloneable).await;
-    let request = ConfigureSandboxRequest {
-        sandbox_id: name.to_owned(),
-        shared_tag: SHARED_TAG.to_owned(),
-        ..Default::default()
-    };
-    vm.agent().configure_sandbox(&request).await.unwrap();
     let bed = Bed { vm: &vm };
     bed.start_idle("idle").await;
     let before = seen(&vm).await.memory_mib;

@@ -13,7 +13,7 @@ pub mod mux;
 pub use generated::{agent, agent_ttrpc};
 
 /// Number of this protocol. It grows whenever host and agent of different numbers could misunderstand each other.
-pub const PROTOCOL: u32 = 4;
+pub const PROTOCOL: u32 = 5;
 
 /// vsock port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -37,13 +37,17 @@ pub const AGENT_SERIAL_PORT: &str = "coreos-kvm.agent";
 /// back, one after the other as linux/fuse.h has them.
 pub const SHARE_SERIAL_PORT: &str = "coreos-kvm.share";
 /// Longest message about waking on [`AGENT_SERIAL_PORT`], in bytes, the length before it left out.
-pub const WAKE_MAX: usize = 1024;
+pub const WAKE_MAX: usize = 16 * 1024;
 /// Random bytes that a clone's kernel is given.
 pub const SEED_LENGTH: usize = 64;
 
-/// Word that opens the agent's greeting: `coreos-kvm-agent <PROTOCOL> <version>\n`.
+/// Word that opens the agent's greeting: `coreos-kvm-agent <PROTOCOL> <version> [configured]\n`, and the guest's wall clock, read when the
+/// connection is there, in nanoseconds since the epoch (i64, big endian). The host may answer by what is to be added to that, in the same
+/// way, and closes.
 pub const GREETING: &str = "coreos-kvm-agent";
-/// Longest greeting, newline included, in bytes.
+/// Word of the greeting of a clone that has done what was to be done as soon as it has greeted: `Awakening.network`, `Awakening.sandbox`.
+pub const CONFIGURED: &str = "configured";
+/// Longest line of a greeting, newline included, in bytes.
 pub const GREETING_MAX: usize = 128;
 
 /// Longest frame on a stream connection, in bytes.

@@ -59,6 +59,7 @@ impl Hypervisor for Qemu {
             Err(error @ (VmError::Machine(_) | VmError::Provision(_) | VmError::Carriage(_))) => {
                 Err(ShimError::invalid(error))
             }
+            Err(VmError::Sandbox(error)) => Err(error.into()),
             Err(error) => Err(ShimError::Internal(sentence(&error))),
         }
     }

@@ -330,7 +330,7 @@ impl Pod {
         }
     }
 
-    /// Starts the pod's machine and makes its guest the pod's.
+    /// Starts the pod's machine.
     async fn boot(&self, wanted: &WantedSandbox) -> Result<Arc<dyn RunningMachine>, ShimError> {
         {
             let contents = self.contents();
@@ -360,11 +360,6 @@ impl Pod {
         self.contents().booting = Some(record);
         let (machine, ports) = tokio::join!(self.hypervisor.start(&config, machine), self.ports(pod));
         let machine = machine.inspect_err(|_| self.contents().booting = None)?;
-        if let Err(error) = machine.agent().configure_sandbox(&pod.identity()).await {
-            self.give_up(&machine).await;
-            self.contents().booting = None;
-            return Err(error.into());
-        }
         if let Some(netns) = netns
             && let Err(error) = portforward::start(machine.clone(), &netns).await
         {

@@ -107,6 +107,7 @@ impl PodSpec {
             hostname: self.hostname.clone(),
             kernel_args: wishes.kernel_args,
             network: self.network.clone(),
+            sandbox: Some(self.identity()),
             disk: None,
             cgroup: Some(cgroup.unwrap_or_else(|| PathBuf::from("coreos-kvm").join(&self.id))),
             boot_timeout: config.boot_timeout,
@@ -115,7 +116,7 @@ impl PodSpec {
     }
 
     /// What makes the guest this pod's.
-    pub(crate) fn identity(&self) -> ConfigureSandboxRequest {
+    fn identity(&self) -> ConfigureSandboxRequest {
         let mut sysctls = self.sysctls.clone();
         if self.users.is_some() {
             for (name, value) in SYSCTLS_OF_USERS {

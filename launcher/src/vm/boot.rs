@@ -186,7 +186,7 @@ async fn bring_up(
     };
     let mut made = build::make(config, machine, plan, origin, (state, record), watcher).await?;
     if let Some(restore) = restore {
-        restore.wake(&mut made, state).await?;
+        restore.wake(&mut made, machine, state).await?;
     }
     let Made {
         qemu,
@@ -211,12 +211,18 @@ async fn bring_up(
         record.vsock = Some(multiplexed.address.clone());
         state.write(record)?;
     }
-    watch.during(async { Ok(ready.greeted().await?) }).await?;
+    let greeting = watch.during(async { Ok(ready.greeted().await?) }).await?;
     let agent = Arc::new(AgentClient::new(dialer));
     let configured = async {
-        clock::synchronize(&agent).await?;
+        clock::synchronize(greeting.clock, &agent).await?;
+        if greeting.configured {
+            return Ok(());
+        }
         if let Some(network) = &network {
             agent.configure_network(network).await?;
+        }
+        if let Some(sandbox) = &machine.sandbox {
+            agent.configure_sandbox(sandbox).await.map_err(VmError::Sandbox)?;
         }
         Ok(())
     };

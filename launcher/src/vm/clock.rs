@@ -16,6 +16,7 @@ use super::VmExit;
 use crate::{
     agent::{AgentClient, AgentError},
     machine::MachineId,
+    vsock::GuestClock,
 };
 
 /// An answer that took so long at most tells the guest's time well enough: it is wrong by half of that.
@@ -33,11 +34,24 @@ const AGAIN: Duration = Duration::from_secs(30);
 /// What a running clock makes up for by running faster or slower, in nanoseconds: no program sees it jump.
 const SLOWLY_NS: i64 = 100_000_000;
 
-/// Sets the guest's clock by the host's. What the guest says of its time is not trusted with anything but its own clock.
+/// Sets the guest's clock by the host's. What the guest says of its time is not trusted with anything but its own clock. Its greeting may
+/// have said it soon enough.
 ///
 /// # Errors
 /// When the agent does not do it.
-pub(super) async fn synchronize(agent: &AgentClient) -> Result<(), AgentError> {
+pub(super) async fn synchronize(greeted: Option<GuestClock>, agent: &AgentClient) -> Result<(), AgentError> {
+    if let Some(clock) = greeted
+        && clock.took < QUICK
+    {
+        let Look { behind, .. } = Look::new(since_epoch_ns(clock.asked), clock.took, clock.ns);
+        match clock.add(behind).await {
+            Ok(()) => {
+                tracing::debug!(behind_ns = behind, "the guest's clock is set by its greeting");
+                return Ok(());
+            }
+            Err(error) => tracing::debug!(%error, "the guest's greeting is not answered"),
+        }
+    }
     let Look { behind, .. } = look(agent).await?;
     if behind.saturating_abs() > SLACK_NS {
         set(agent, behind, false).await?;
@@ -84,6 +98,13 @@ struct Look {
 }
 
 impl Look {
+    /// Of a guest that was asked at `asked`, in nanoseconds since the epoch, and whose answer was there after `took`.
+    fn new(asked: i64, took: Duration, answer: i64) -> Self {
+        let uncertain = i64::try_from(took.as_nanos() / 2).unwrap_or(i64::MAX);
+        let behind = asked.saturating_add(uncertain).saturating_sub(answer);
+        Self { behind, uncertain }
+    }
+
     /// Whether a running clock is to be corrected slowly or at once; None for one that is right, as far as can be seen.
     fn correction(self) -> Option<bool> {
         let wrong = self.behind.saturating_abs();
@@ -97,10 +118,9 @@ async fn look(agent: &AgentClient) -> Result<Look, AgentError> {
         let (wall, begin) = (now_ns(), Instant::now());
         let guest = agent.adjust_clock(0, false).await?;
         let took = begin.elapsed();
-        let uncertain = i64::try_from(took.as_nanos() / 2).unwrap_or(i64::MAX);
-        let behind = wall.saturating_add(uncertain).saturating_sub(guest);
-        if best.is_none_or(|best| uncertain < best.uncertain) {
-            best = Some(Look { behind, uncertain });
+        let look = Look::new(wall, took, guest);
+        if best.is_none_or(|best| look.uncertain < best.uncertain) {
+            best = Some(look);
         }
         if took < QUICK {
             break;
@@ -120,8 +140,12 @@ async fn set(agent: &AgentClient, behind_ns: i64, slowly: bool) -> Result<(), Ag
 
 /// The host's wall clock, in nanoseconds since the epoch.
 pub(super) fn now_ns() -> i64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
+    since_epoch_ns(SystemTime::now())
+}
+
+fn since_epoch_ns(time: SystemTime) -> i64 {
+    let time = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(time.as_nanos()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

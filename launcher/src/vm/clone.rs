@@ -2,7 +2,7 @@
 
 use std::{fs::File, io, time::Duration};
 
-use coreos_kvm_proto::{READY_PORT, SEED_LENGTH, agent::Awakening};
+use coreos_kvm_proto::{READY_PORT, SEED_LENGTH, WAKE_MAX, agent::Awakening};
 use protobuf::Message;
 use tokio::{
     io::AsyncWriteExt,
@@ -223,7 +223,7 @@ impl Found {
 
 impl Restore {
     /// Restores the guest, gives it its devices, lets it go on, and tells it who it is.
-    pub(super) async fn wake(self, made: &mut Made, state_dir: &StateDir) -> Result<(), VmError> {
+    pub(super) async fn wake(self, made: &mut Made, machine: &Machine, state_dir: &StateDir) -> Result<(), VmError> {
         let Made {
             qemu,
             watch,
@@ -234,6 +234,7 @@ impl Restore {
             transfer,
             filling,
             shared_memory,
+            network,
             begin,
             ..
         } = made;
@@ -265,15 +266,22 @@ impl Restore {
                 qmp.add_device(device).await?;
             }
             qmp.cont().await?;
-            let message = Awakening {
+            let mut message = Awakening {
                 seed: random::<SEED_LENGTH>()?.to_vec(),
                 boot_id: self.ids.boot_id.to_vec(),
                 machine_id: self.ids.machine_id.to_vec(),
                 ready_port,
                 wall_clock_ns: clock::now_ns(),
                 serial,
+                network: network.clone().into(),
+                sandbox: machine.sandbox.clone().into(),
                 ..Default::default()
             };
+            if message.compute_size() > WAKE_MAX as u64 {
+                // It is asked for these when it has greeted.
+                message.network = None.into();
+                message.sandbox = None.into();
+            }
             send(&mut port, &message)
                 .await
                 .map_err(VmError::io("waking the guest"))?;

@@ -64,6 +64,9 @@ pub enum VmError {
     Greeting(#[from] GreetingError),
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// What its pod wants cannot be; a clone is not to blame.
+    #[error(transparent)]
+    Sandbox(AgentError),
     #[error(transparent)]
     Template(#[from] TemplateError),
     #[error("no template can be made of this machine: {0}")]

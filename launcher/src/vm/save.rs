@@ -65,6 +65,7 @@ pub(super) fn template_machine(machine: &Machine) -> Machine {
         id: MachineId::template(),
         hostname: None,
         network: Network::None,
+        sandbox: None,
         disk: None,
         cgroup: None,
         cloneable: false,

@@ -151,7 +151,10 @@ mod tests {
             coreos_kvm_proto::PROTOCOL,
             env!("CARGO_PKG_VERSION")
         );
-        greeting.write_all(line.as_bytes()).await.unwrap();
+        let clock = 1_000_000_i64.to_be_bytes();
+        greeting.write_all(&[line.as_bytes(), &clock].concat()).await.unwrap();
+        greeting.flush().await.unwrap();
+        assert_eq!(greeting.read_i64().await.unwrap(), -17);
         assert!(mux.dial(22).await.is_err(), "the host has no such port");
         while let Some(arrival) = incoming.next().await {
             if arrival.port == 8 {
@@ -170,7 +173,9 @@ mod tests {
         let (host, serial) = UnixStream::pair().unwrap();
         tokio::spawn(guest(serial));
         let (multiplexed, ready) = Multiplexed::start(host, root.path()).unwrap();
-        ready.greeted().await.unwrap();
+        let clock = ready.greeted().await.unwrap().clock.unwrap();
+        assert_eq!(clock.ns, 1_000_000);
+        clock.add(-17).await.unwrap();
         for dialer in [multiplexed.dialer(), VsockDialer::new(multiplexed.address.clone())] {
             let mut stream = dialer.dial(8).await.unwrap();
             stream.write_all(b"there and back").await.unwrap();

@@ -4,13 +4,18 @@ use std::{
     io,
     os::{fd::AsRawFd, unix::fs::chown},
     path::PathBuf,
+    time::{Duration, SystemTime},
 };
 
-use coreos_kvm_proto::{GREETING, GREETING_MAX, PROTOCOL, READY_PORT, mux::Arrival};
+use coreos_kvm_proto::{
+    CONFIGURED, GREETING, GREETING_MAX, PROTOCOL, READY_PORT,
+    mux::{Arrival, MuxStream},
+};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     net::UnixListener,
     sync::{Mutex, mpsc},
+    time::Instant,
 };
 
 use super::{VsockError, open_folder};
@@ -31,6 +36,36 @@ pub enum GreetingError {
          anew, or name the right one as `agent_disk` in the configuration"
     )]
     Version { protocol: String, version: String },
+}
+
+/// An agent of this build has greeted.
+#[derive(Debug)]
+pub struct Greeting {
+    /// The guest has done what it was told to do before it greets: [`CONFIGURED`].
+    pub configured: bool,
+    /// What the guest's clock is, where it is known how long it takes to hear that.
+    pub clock: Option<GuestClock>,
+}
+
+/// A guest's wall clock, and the way to tell how wrong it is.
+#[derive(Debug)]
+pub struct GuestClock {
+    /// What the guest says that it was, after `asked` and before it was heard; nanoseconds since the epoch.
+    pub ns: i64,
+    pub asked: SystemTime,
+    pub took: Duration,
+    answer: MuxStream,
+}
+
+impl GuestClock {
+    /// Has the guest add so many nanoseconds to its clock, before it does anything that it is asked for later.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn add(mut self, behind_ns: i64) -> io::Result<()> {
+        self.answer.write_i64(behind_ns).await?;
+        self.answer.flush().await
+    }
 }
 
 /// Waits for one guest's greeting. Made before the guest starts, dropped when it has greeted.
@@ -100,19 +135,36 @@ impl ReadyListener {
     ///
     /// # Errors
     /// When something greets that is no agent of this version.
-    pub async fn greeted(&self) -> Result<(), GreetingError> {
+    pub async fn greeted(&self) -> Result<Greeting, GreetingError> {
+        // Over vsock the guest may have read its clock before the connection is seen here.
+        let unclocked = |(configured, _)| Greeting {
+            configured,
+            clock: None,
+        };
         match &self.0 {
-            Listener::Unix { listener, .. } => check(listener.accept().await?.0).await,
+            Listener::Unix { listener, .. } => check(&mut listener.accept().await?.0).await.map(unclocked),
             Listener::Multiplexed(arrivals) => {
                 let arrival = arrivals.lock().await.recv().await;
                 let arrival = arrival.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
-                check(arrival.take().await?).await
+                let (asked, begin) = (SystemTime::now(), Instant::now());
+                let mut answer = arrival.take().await?;
+                let (configured, ns) = check(&mut answer).await?;
+                let clock = GuestClock {
+                    ns,
+                    asked,
+                    took: begin.elapsed(),
+                    answer,
+                };
+                Ok(Greeting {
+                    configured,
+                    clock: Some(clock),
+                })
             }
             Listener::Vsock { listener, cid } => loop {
-                let (stream, peer) = listener.accept().await?;
+                let (mut stream, peer) = listener.accept().await?;
                 // Any guest of the node can dial this port; only ours counts.
                 if peer.cid() == *cid {
-                    return check(stream).await;
+                    return check(&mut stream).await.map(unclocked);
                 }
             },
         }
@@ -128,29 +180,32 @@ impl Drop for ReadyListener {
     }
 }
 
-/// Reads one line of at most [`GREETING_MAX`] bytes and compares what it says with what is needed.
-async fn check(stream: impl AsyncRead + Unpin) -> Result<(), GreetingError> {
+/// Reads one line of at most [`GREETING_MAX`] bytes and compares what it says with what is needed. Answers whether the guest is
+/// configured, and its clock.
+async fn check(stream: &mut (impl AsyncRead + Unpin)) -> Result<(bool, i64), GreetingError> {
     let mut line = Vec::with_capacity(GREETING_MAX);
-    let mut stream = stream.take(u64::try_from(GREETING_MAX).unwrap_or(u64::MAX));
     while !line.ends_with(b"\n") {
         match stream.read_u8().await {
-            Ok(byte) => line.push(byte),
-            Err(_) => return Err(GreetingError::NoAgent),
+            Ok(byte) if line.len() < GREETING_MAX => line.push(byte),
+            _ => return Err(GreetingError::NoAgent),
         }
     }
     let line = String::from_utf8(line).map_err(|_| GreetingError::NoAgent)?;
     let printable = line.trim_end().chars().all(|c| c.is_ascii_graphic() || c == ' ');
-    match line.split_ascii_whitespace().collect::<Vec<_>>()[..] {
-        [GREETING, protocol, version] if printable => {
-            if protocol == PROTOCOL.to_string() && version == VERSION {
-                Ok(())
-            } else {
-                Err(GreetingError::Version {
-                    protocol: protocol.to_owned(),
-                    version: version.to_owned(),
-                })
-            }
-        }
+    let (protocol, version, rest) = match line.split_ascii_whitespace().collect::<Vec<_>>()[..] {
+        [GREETING, protocol, version, ref rest @ ..] if printable => (protocol, version, rest.to_owned()),
+        _ => return Err(GreetingError::NoAgent),
+    };
+    if protocol != PROTOCOL.to_string() || version != VERSION {
+        return Err(GreetingError::Version {
+            protocol: protocol.to_owned(),
+            version: version.to_owned(),
+        });
+    }
+    let clock = stream.read_i64().await.map_err(|_| GreetingError::NoAgent)?;
+    match rest[..] {
+        [] => Ok((false, clock)),
+        [CONFIGURED] => Ok((true, clock)),
         _ => Err(GreetingError::NoAgent),
     }
 }
@@ -159,11 +214,15 @@ async fn check(stream: impl AsyncRead + Unpin) -> Result<(), GreetingError> {
 mod tests {
     use super::*;
 
+    #[rstest::rstest]
+    #[case("", false)]
+    #[case(" configured", true)]
     #[tokio::test]
-    async fn an_agent_of_this_version_is_greeted() {
-        check(format!("{GREETING} {PROTOCOL} {VERSION}\n").as_bytes())
-            .await
-            .unwrap();
+    async fn an_agent_of_this_version_is_greeted(#[case] rest: &str, #[case] expected: bool) {
+        let mut said = format!("{GREETING} {PROTOCOL} {VERSION}{rest}\n").into_bytes();
+        said.extend_from_slice(&1_795_775_195_011_657_438_i64.to_be_bytes());
+        let greeted = check(&mut said.as_slice()).await.unwrap();
+        assert_eq!(greeted, (expected, 1_795_775_195_011_657_438));
     }
 
     #[rstest::rstest]
@@ -174,12 +233,12 @@ mod tests {
     #[case("coreos-kvm-agent 1 0.1.0", "not as an agent")]
     #[tokio::test]
     async fn anything_else_is_refused_and_said(#[case] line: &str, #[case] expected: &str) {
-        let error = check(line.as_bytes()).await.unwrap_err().to_string();
+        let error = check(&mut line.as_bytes()).await.unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
 
     #[tokio::test]
     async fn a_greeting_without_end_is_refused() {
-        assert!(check(tokio::io::repeat(b'x')).await.is_err());
+        assert!(check(&mut tokio::io::repeat(b'x')).await.is_err());
     }
 }

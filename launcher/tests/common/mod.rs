@@ -140,6 +140,7 @@ impl Place {
             hostname: None,
             kernel_args: Vec::new(),
             network: Network::None,
+            sandbox: None,
             disk: None,
             // Two tests may give their machines the same name.
             cgroup: Some(format!("coreos-kvm-test-{}-{name}", self.name()).into()),

@@ -67,6 +67,22 @@ macro_rules! trials {
 }
 
 /// On virtiofs and vsock, and on what a clone has that shares its memory.
+fn sandbox() -> ConfigureSandboxRequest {
+    ConfigureSandboxRequest {
+        sandbox_id: "sandbox".to_owned(),
+        hostname: HOSTNAME.to_owned(),
+        shared_tag: SHARED_TAG.to_owned(),
+        shm_size: 32 << 20,
+        sysctls: [
+            ("kernel.shm_rmid_forced", "1"),
+            ("net.ipv4.ip_unprivileged_port_start", "80"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into(),
+        ..Default::default()
+    }
+}
+
 #[rstest::rstest]
 #[case::boot(false)]
 #[case::copy_on_write(true)]
@@ -82,25 +98,12 @@ async fn containers_in_a_guest_are_what_their_specifications_say(#[case] cloneab
         } else {
             vec!["systemd.show_status=auto".to_owned()]
         },
+        sandbox: Some(sandbox()),
         ..place.machine("containers")
     };
     let vm = Vm::start(&place.config, machine.clone()).await.unwrap();
     let origin = vm.info().record.origin;
     assert_eq!(matches!(origin, Some(Origin::Clone { .. })), cloneable, "{origin:?}");
-    let request = ConfigureSandboxRequest {
-        sandbox_id: "sandbox".to_owned(),
-        hostname: HOSTNAME.to_owned(),
-        shared_tag: SHARED_TAG.to_owned(),
-        shm_size: 32 << 20,
-        sysctls: [
-            ("kernel.shm_rmid_forced", "1"),
-            ("net.ipv4.ip_unprivileged_port_start", "80"),
-        ]
-        .map(|(name, value)| (name.to_owned(), value.to_owned()))
-        .into(),
-        ..Default::default()
-    };
-    vm.agent().configure_sandbox(&request).await.unwrap();
     let bed = Bed { vm: &vm };
     let failed = trials!(
         bed,

@@ -465,9 +465,17 @@ pub(super) struct FakeHypervisor {
 #[async_trait]
 impl Hypervisor for FakeHypervisor {
     async fn start(&self, _: &Config, machine: Machine) -> Result<Arc<dyn RunningMachine>, ShimError> {
-        *self.described.lock().unwrap() = Some(machine);
+        *self.described.lock().unwrap() = Some(machine.clone());
         match &self.start {
-            Start::Works(machine) => Ok(machine.clone()),
+            Start::Works(started) => {
+                if let Some(sandbox) = &machine.sandbox
+                    && let Err(error) = started.agent().configure_sandbox(sandbox).await
+                {
+                    started.die("QEMU was killed", false).await;
+                    return Err(error.into());
+                }
+                Ok(started.clone())
+            }
             Start::Fails(words) => Err(ShimError::Internal((*words).to_owned())),
             Start::Hangs => std::future::pending().await,
         }

@@ -181,6 +181,7 @@ impl Run {
                     forwards: forward::parse_list(self.hostfwd.as_deref().unwrap_or_default())?,
                 }
             },
+            sandbox: None,
             disk: (!self.no_disk).then(|| Disk {
                 size: self.disk_size,
                 storage: self.disk.clone().map_or(Storage::Ephemeral, Storage::File),

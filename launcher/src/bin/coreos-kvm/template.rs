@@ -175,6 +175,7 @@ impl Build {
             hostname: None,
             kernel_args: self.kernel_args.clone(),
             network: Network::None,
+            sandbox: None,
             disk: None,
             cgroup: None,
             boot_timeout: config.boot_timeout,
