@@ -149,8 +149,14 @@ impl Qmp {
         self.execute(command).await.map(drop)
     }
 
-    /// Begins to read the machine's state from `address`, such as `fd:<number>`.
+    /// Begins to read the machine's state from `address`, such as `fd:<number>`. It is a clone that goes on with it: no network has heard of
+    /// the guest elsewhere, so that nothing announces where it is now.
     pub async fn restore_from(&self, address: String) -> Result<(), QmpError> {
+        let quiet = qmp::MigrateSetParameters {
+            announce_rounds: Some(0),
+            ..Default::default()
+        };
+        self.execute(qmp::migrate_set_parameters(quiet)).await?;
         let command = qmp::migrate_incoming {
             channels: None,
             exit_on_error: None,

@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 use protobuf::Message as _;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::io::AsyncReadExt as _;
+use tokio::io::AsyncBufReadExt as _;
 
 use super::{Ended, Options, options, own_value};
 use crate::artifacts;
@@ -153,7 +153,8 @@ fn greeting(port: UnixStream, deadline: Instant) -> Result<()> {
         let arrival = incoming.next().await.context("the guest has closed its port")?;
         ensure!(arrival.port == READY_PORT, "the guest dials port {}", arrival.port);
         let mut line = String::new();
-        arrival.take().await?.read_to_string(&mut line).await?;
+        let mut greeting = tokio::io::BufReader::new(arrival.take().await?);
+        greeting.read_line(&mut line).await?;
         ensure!(
             line.starts_with(GREETING),
             "that was no greeting of the agent: {line:?}"
