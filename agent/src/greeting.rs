@@ -3,7 +3,7 @@
 use std::{io, time::Duration};
 
 use anyhow::{Context as _, Result};
-use coreos_kvm_proto::{CONFIGURED, GREETING, PROTOCOL, READY_PORT, READY_PORT_ARGUMENT};
+use coreos_kvm_proto::{GREETING, PROTOCOL, READY_PORT, READY_PORT_ARGUMENT};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{connections::Host, identity};
@@ -27,15 +27,14 @@ pub(crate) fn port() -> u32 {
         .unwrap_or(READY_PORT)
 }
 
-/// Dials the host at `port` and says who is there; `configured` as in [`CONFIGURED`]. What the host answers about the clock is done before
+/// Dials the host at `port` and says who is there, and what is done already. What the host answers about the clock is done before
 /// anything that the host asks for later.
-pub(crate) async fn greet(host: &Host, port: u32, configured: bool) -> Result<()> {
-    let mut greeting = format!("{GREETING} {PROTOCOL} {}", env!("CARGO_PKG_VERSION")).into_bytes();
-    if configured {
-        greeting.extend_from_slice(b" ");
-        greeting.extend_from_slice(CONFIGURED.as_bytes());
+pub(crate) async fn greet(host: &Host, port: u32, done: &[&str]) -> Result<()> {
+    let mut greeting = format!("{GREETING} {PROTOCOL} {}", env!("CARGO_PKG_VERSION"));
+    for what in done {
+        greeting = greeting + " " + what;
     }
-    greeting.push(b'\n');
+    let mut greeting = (greeting + "\n").into_bytes();
     let greet = async {
         let mut stream = host.dial(port).await?;
         // Nothing between the two that takes long: the host takes it for the time at which it hears it.

@@ -44,7 +44,7 @@ use std::{sync::Arc, time::Instant};
 
 use anyhow::{Context as _, Result, bail};
 use connections::{Connections, Host};
-use coreos_kvm_proto::{MESSAGE_MAX, agent_ttrpc};
+use coreos_kvm_proto::{MESSAGE_MAX, NETWORK_DONE, SANDBOX_DONE, agent_ttrpc};
 use template::{Awake, Template};
 use ttrpc::asynchronous::transport::Listener;
 
@@ -117,7 +117,7 @@ async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
         message_max = MESSAGE_MAX,
         "agent serves"
     );
-    let (host, ready_port, configured) = match template {
+    let (host, ready_port, done) = match template {
         Some(template) => {
             let awake = template.sleep(&containers).await;
             let mut awake = awake.context("becoming a machine of its own")?;
@@ -128,16 +128,12 @@ async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
                 }
                 None => Host::Vsock,
             };
-            let configured = configure(&service, &awake).await.unwrap_or_else(|error| {
-                // The host asks again, and hears why.
-                tracing::warn!(%error, "the guest is not what it is to be yet");
-                false
-            });
-            (host, awake.ready_port, configured)
+            let done = configure(&service, &awake).await;
+            (host, awake.ready_port, done)
         }
-        None => (Host::Vsock, greeting::port(), false),
+        None => (Host::Vsock, greeting::port(), Vec::new()),
     };
-    greeting::greet(&host, ready_port, configured)
+    greeting::greet(&host, ready_port, &done)
         .await
         .context("greeting the host")?;
     tokio::select! {
@@ -146,13 +142,20 @@ async fn serve(zygote: runtime::zygote::Zygote) -> Result<()> {
     }
 }
 
-/// What a clone is told to do before it greets; false when it is told nothing.
-async fn configure(service: &service::Service, awake: &Awake) -> Result<bool, error::AgentError> {
+/// What a clone is told to do before it greets; answers what of it is done. The host asks for the rest, and hears why it is not.
+async fn configure(service: &service::Service, awake: &Awake) -> Vec<&'static str> {
+    let mut done = Vec::new();
     if let Some(network) = &awake.network {
-        network::configure(network).await?;
+        if let Err(error) = network::configure(network).await {
+            tracing::warn!(%error, "the guest has no network yet");
+            return done;
+        }
+        done.push(NETWORK_DONE);
     }
-    if let Some(sandbox) = &awake.sandbox {
-        service.make_the_pods(sandbox).await?;
+    if let Some(sandbox) = &awake.sandbox
+        && service.configure_ahead(sandbox).await
+    {
+        done.push(SANDBOX_DONE);
     }
-    Ok(awake.network.is_some() || awake.sandbox.is_some())
+    done
 }

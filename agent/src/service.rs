@@ -1,6 +1,10 @@
 //! The calls of the protocol. Thin: each says what it wants of whom.
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use coreos_kvm_proto::{
@@ -8,6 +12,7 @@ use coreos_kvm_proto::{
     agent::{self as proto, create_container_request},
     agent_ttrpc::Agent,
 };
+use tokio::time::timeout;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::{
@@ -22,19 +27,39 @@ use crate::{
     size, stats,
 };
 
+/// Longer than mounts and settings take in any guest.
+const AHEAD: Duration = Duration::from_secs(30);
+
 pub(crate) struct Service {
     containers: Arc<Containers>,
     share: Arc<Share>,
     shm: Arc<Shm>,
+    /// Why the guest has not become the pod's before it was asked for that.
+    failed: Mutex<Option<AgentError>>,
 }
 
 impl Service {
     pub(crate) fn new(containers: Arc<Containers>, share: Arc<Share>, shm: Arc<Shm>) -> Self {
-        Self { containers, share, shm }
+        Self {
+            containers,
+            share,
+            shm,
+            failed: Mutex::default(),
+        }
     }
 
-    /// What [`Agent::configure_sandbox`] does.
-    pub(crate) async fn make_the_pods(&self, request: &proto::ConfigureSandboxRequest) -> Result<(), AgentError> {
+    /// Does what [`Agent::configure_sandbox`] is going to be asked for, and answers whether it is done. If not, whoever asks hears why: what was
+    /// begun cannot be done again.
+    pub(crate) async fn configure_ahead(&self, request: &proto::ConfigureSandboxRequest) -> bool {
+        let made = timeout(AHEAD, self.make_the_pods(request)).await;
+        let late = || AgentError::FailedPrecondition(format!("it is not done within {} s", AHEAD.as_secs()));
+        let failed = made.unwrap_or_else(|_| Err(late())).err();
+        let done = failed.is_none();
+        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = failed;
+        done
+    }
+
+    async fn make_the_pods(&self, request: &proto::ConfigureSandboxRequest) -> Result<(), AgentError> {
         identity::set_hostname(&request.hostname)?;
         self.share.mount(&request.shared_tag).await?;
         self.shm.mount(request.shm_size)?;
@@ -87,7 +112,11 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: proto::ConfigureSandboxRequest,
     ) -> Answer<proto::Empty> {
-        empty(self.make_the_pods(&request).await)
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        empty(match failed {
+            Some(error) => Err(error),
+            None => self.make_the_pods(&request).await,
+        })
     }
 
     async fn adjust_clock(

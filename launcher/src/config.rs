@@ -66,7 +66,7 @@ pub struct Config {
     pub max_memory_mib: u64,
     /// Memory that the guest itself needs beside its containers, in MiB; added to what these ask for.
     pub guest_memory_overhead_mib: u64,
-    /// Longest time from QEMU's start to the agent's greeting.
+    /// As [`Machine::boot_timeout`](crate::machine::Machine::boot_timeout).
     pub boot_timeout: Duration,
     /// Annotations that a pod may carry, without their prefix; each one of [`ANNOTATIONS`].
     pub annotations: Vec<String>,

@@ -84,7 +84,7 @@ pub struct Machine {
     pub disk: Option<Disk>,
     /// Directory below the cgroup hierarchies' roots in which QEMU and its helpers live; made and removed with the machine.
     pub cgroup: Option<PathBuf>,
-    /// Longest time from QEMU's start to the agent's greeting.
+    /// Longest time from QEMU's start until the guest is what [`Vm::start`](crate::vm::Vm::start) waits for.
     pub boot_timeout: Duration,
     /// Whether it may be a clone of a template that it shares with all machines of the same guest, size and configuration.
     pub cloneable: bool,

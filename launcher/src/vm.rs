@@ -85,7 +85,7 @@ pub struct VmInfo {
 }
 
 impl Vm {
-    /// Starts `machine` and waits until its agent answers. When this fails, or is dropped before its end, everything that
+    /// Starts `machine` and waits until its agent answers, and its guest is the pod's if it is for one. When this fails, or is dropped before its end, everything that
     /// was made for the machine is undone. To be called from the thread that lives as long as the machine.
     ///
     /// # Errors

@@ -21,7 +21,10 @@ use coreos_kvm_launcher::{
     template::Store,
     vm::{self, Vm, VmError},
 };
-use coreos_kvm_proto::agent::ConfigureSandboxRequest;
+use coreos_kvm_proto::{
+    SHARED_TAG,
+    agent::{ConfigureSandboxRequest, IdMapping, UserNamespace},
+};
 use futures::future::join_all;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tokio::sync::Mutex;
@@ -396,21 +399,41 @@ async fn machines_that_start_at_once_make_one_template_and_are_its_clones() {
     assert_ne!(&entries[0].key, key, "the one that was used before makes room");
 }
 
-#[rstest::rstest]
-#[case::copy_on_write(CloneModeChoice::CopyOnWrite)]
-#[case::copy(CloneModeChoice::Copy)]
-#[tokio::test]
-async fn a_pod_that_wants_what_cannot_be_hears_it_and_no_template_is_to_blame(#[case] mode: CloneModeChoice) {
-    let place = Place::of(mode).await;
-    let sandbox = |sysctl: &str| ConfigureSandboxRequest {
-        sandbox_id: "pod".to_owned(),
-        hostname: "pod-0".to_owned(),
-        sysctls: [(sysctl.to_owned(), "1".to_owned())].into(),
+fn sandbox(sysctl: &str) -> ConfigureSandboxRequest {
+    let ids = IdMapping {
+        outside: 65536,
+        length: 65536,
         ..Default::default()
     };
+    let users = UserNamespace {
+        uids: Some(ids.clone()).into(),
+        gids: Some(ids).into(),
+        ..Default::default()
+    };
+    ConfigureSandboxRequest {
+        sandbox_id: "pod".to_owned(),
+        hostname: "pod-0".to_owned(),
+        shared_tag: SHARED_TAG.to_owned(),
+        sysctls: [(sysctl.to_owned(), "1".to_owned())].into(),
+        users: Some(users).into(),
+        ..Default::default()
+    }
+}
+
+#[rstest::rstest]
+#[case::copy_on_write(true, CloneModeChoice::CopyOnWrite)]
+#[case::copy(true, CloneModeChoice::Copy)]
+#[case::boot(false, CloneModeChoice::Auto)]
+#[tokio::test]
+async fn a_pod_that_wants_what_cannot_be_hears_it_and_no_template_is_to_blame(
+    #[case] cloneable: bool,
+    #[case] mode: CloneModeChoice,
+) {
+    let place = Place::of(mode).await;
     let mut machine = Machine {
         sandbox: Some(sandbox("kernel.nothing_such")),
-        ..cloneable(&place, "wishful")
+        cloneable,
+        ..place.machine("wishful")
     };
     let folder = with_template(&place, &machine).await;
     let error = Vm::start(&place.config, machine.clone()).await.err().unwrap();
@@ -419,7 +442,9 @@ async fn a_pod_that_wants_what_cannot_be_hears_it_and_no_template_is_to_blame(#[
     let key = folder.file_name().unwrap().to_str().unwrap();
     assert_eq!(store(&place.config).uses(key).failures, 0);
     place.assert_nothing_is_left(&machine);
-
+    if !cloneable {
+        return;
+    }
     machine.sandbox = Some(sandbox("kernel.shm_rmid_forced"));
     let vm = Vm::start(&place.config, machine.clone()).await.unwrap();
     assert_clone(&place, &vm);

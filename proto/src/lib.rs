@@ -41,12 +41,14 @@ pub const WAKE_MAX: usize = 16 * 1024;
 /// Random bytes that a clone's kernel is given.
 pub const SEED_LENGTH: usize = 64;
 
-/// Word that opens the agent's greeting: `coreos-kvm-agent <PROTOCOL> <version> [configured]\n`, and the guest's wall clock, read when the
+/// Word that opens the agent's greeting: `coreos-kvm-agent <PROTOCOL> <version> [network] [sandbox]\n`, and the guest's wall clock, read when the
 /// connection is there, in nanoseconds since the epoch (i64, big endian). The host may answer by what is to be added to that, in the same
 /// way, and closes.
 pub const GREETING: &str = "coreos-kvm-agent";
-/// Word of the greeting of a clone that has done what was to be done as soon as it has greeted: `Awakening.network`, `Awakening.sandbox`.
-pub const CONFIGURED: &str = "configured";
+/// Word of the greeting of a clone that has done `Awakening.network`: it needs not be asked to.
+pub const NETWORK_DONE: &str = "network";
+/// The same of `Awakening.sandbox`.
+pub const SANDBOX_DONE: &str = "sandbox";
 /// Longest line of a greeting, newline included, in bytes.
 pub const GREETING_MAX: usize = 128;
 

@@ -19,7 +19,7 @@ use crate::{
 /// Starts machines.
 #[async_trait]
 pub(crate) trait Hypervisor: Send + Sync {
-    /// Answers when the machine's agent does. Dropped before, it undoes what it has made.
+    /// Answers when the machine's guest is the pod's. Dropped before, it undoes what it has made.
     async fn start(&self, config: &Config, machine: Machine) -> Result<Arc<dyn RunningMachine>, ShimError>;
 
     /// Removes what there is of a machine, however far its start has come.

@@ -215,14 +215,15 @@ async fn bring_up(
     let agent = Arc::new(AgentClient::new(dialer));
     let configured = async {
         clock::synchronize(greeting.clock, &agent).await?;
-        if greeting.configured {
-            return Ok(());
-        }
-        if let Some(network) = &network {
+        if let Some(network) = &network
+            && !greeting.done.network
+        {
             agent.configure_network(network).await?;
         }
-        if let Some(sandbox) = &machine.sandbox {
-            agent.configure_sandbox(sandbox).await.map_err(VmError::Sandbox)?;
+        if let Some(sandbox) = &machine.sandbox
+            && !greeting.done.sandbox
+        {
+            agent.configure_sandbox(sandbox).await.map_err(VmError::of_sandbox)?;
         }
         Ok(())
     };

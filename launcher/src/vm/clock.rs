@@ -35,7 +35,7 @@ const AGAIN: Duration = Duration::from_secs(30);
 const SLOWLY_NS: i64 = 100_000_000;
 
 /// Sets the guest's clock by the host's. What the guest says of its time is not trusted with anything but its own clock. Its greeting may
-/// have said it soon enough.
+/// have said it soon enough: then nobody waits until it is set, which is before the guest does anything else that it is asked for.
 ///
 /// # Errors
 /// When the agent does not do it.

@@ -94,6 +94,15 @@ pub enum VmError {
 }
 
 impl VmError {
+    /// A guest that cannot be made its pod's. One that does not answer may be a clone that is no good.
+    pub(super) fn of_sandbox(error: AgentError) -> Self {
+        if error.is_silence() {
+            Self::Agent(error)
+        } else {
+            Self::Sandbox(error)
+        }
+    }
+
     /// Whether it may be the clone's, and the machine come up when it boots. What else there is, such as a missing program or a full
     /// disk, would be in the way of a boot as well.
     pub(super) fn may_be_the_clones(&self) -> bool {

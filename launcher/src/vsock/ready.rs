@@ -8,7 +8,7 @@ use std::{
 };
 
 use coreos_kvm_proto::{
-    CONFIGURED, GREETING, GREETING_MAX, PROTOCOL, READY_PORT,
+    GREETING, GREETING_MAX, NETWORK_DONE, PROTOCOL, READY_PORT, SANDBOX_DONE,
     mux::{Arrival, MuxStream},
 };
 use tokio::{
@@ -38,11 +38,17 @@ pub enum GreetingError {
     Version { protocol: String, version: String },
 }
 
+/// What a guest has done of what it was told to do before it greets.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Done {
+    pub network: bool,
+    pub sandbox: bool,
+}
+
 /// An agent of this build has greeted.
 #[derive(Debug)]
 pub struct Greeting {
-    /// The guest has done what it was told to do before it greets: [`CONFIGURED`].
-    pub configured: bool,
+    pub done: Done,
     /// What the guest's clock is, where it is known how long it takes to hear that.
     pub clock: Option<GuestClock>,
 }
@@ -137,10 +143,7 @@ impl ReadyListener {
     /// When something greets that is no agent of this version.
     pub async fn greeted(&self) -> Result<Greeting, GreetingError> {
         // Over vsock the guest may have read its clock before the connection is seen here.
-        let unclocked = |(configured, _)| Greeting {
-            configured,
-            clock: None,
-        };
+        let unclocked = |(done, _)| Greeting { done, clock: None };
         match &self.0 {
             Listener::Unix { listener, .. } => check(&mut listener.accept().await?.0).await.map(unclocked),
             Listener::Multiplexed(arrivals) => {
@@ -148,7 +151,7 @@ impl ReadyListener {
                 let arrival = arrival.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
                 let (asked, begin) = (SystemTime::now(), Instant::now());
                 let mut answer = arrival.take().await?;
-                let (configured, ns) = check(&mut answer).await?;
+                let (done, ns) = check(&mut answer).await?;
                 let clock = GuestClock {
                     ns,
                     asked,
@@ -156,7 +159,7 @@ impl ReadyListener {
                     answer,
                 };
                 Ok(Greeting {
-                    configured,
+                    done,
                     clock: Some(clock),
                 })
             }
@@ -180,9 +183,9 @@ impl Drop for ReadyListener {
     }
 }
 
-/// Reads one line of at most [`GREETING_MAX`] bytes and compares what it says with what is needed. Answers whether the guest is
-/// configured, and its clock.
-async fn check(stream: &mut (impl AsyncRead + Unpin)) -> Result<(bool, i64), GreetingError> {
+/// Reads one line of at most [`GREETING_MAX`] bytes and compares what it says with what is needed. Answers what the guest has
+/// done, and its clock.
+async fn check(stream: &mut (impl AsyncRead + Unpin)) -> Result<(Done, i64), GreetingError> {
     let mut line = Vec::with_capacity(GREETING_MAX);
     while !line.ends_with(b"\n") {
         match stream.read_u8().await {
@@ -202,12 +205,16 @@ async fn check(stream: &mut (impl AsyncRead + Unpin)) -> Result<(bool, i64), Gre
             version: version.to_owned(),
         });
     }
-    let clock = stream.read_i64().await.map_err(|_| GreetingError::NoAgent)?;
-    match rest[..] {
-        [] => Ok((false, clock)),
-        [CONFIGURED] => Ok((true, clock)),
-        _ => Err(GreetingError::NoAgent),
+    let mut done = Done::default();
+    for what in rest {
+        match what {
+            NETWORK_DONE => done.network = true,
+            SANDBOX_DONE => done.sandbox = true,
+            _ => return Err(GreetingError::NoAgent),
+        }
     }
+    let clock = stream.read_i64().await.map_err(|_| GreetingError::NoAgent)?;
+    Ok((done, clock))
 }
 
 #[cfg(test)]
@@ -215,14 +222,15 @@ mod tests {
     use super::*;
 
     #[rstest::rstest]
-    #[case("", false)]
-    #[case(" configured", true)]
+    #[case("", false, false)]
+    #[case(" network", true, false)]
+    #[case(" network sandbox", true, true)]
     #[tokio::test]
-    async fn an_agent_of_this_version_is_greeted(#[case] rest: &str, #[case] expected: bool) {
+    async fn an_agent_of_this_version_is_greeted(#[case] rest: &str, #[case] network: bool, #[case] sandbox: bool) {
         let mut said = format!("{GREETING} {PROTOCOL} {VERSION}{rest}\n").into_bytes();
         said.extend_from_slice(&1_795_775_195_011_657_438_i64.to_be_bytes());
         let greeted = check(&mut said.as_slice()).await.unwrap();
-        assert_eq!(greeted, (expected, 1_795_775_195_011_657_438));
+        assert_eq!(greeted, (Done { network, sandbox }, 1_795_775_195_011_657_438));
     }
 
     #[rstest::rstest]

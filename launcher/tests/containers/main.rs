@@ -66,7 +66,6 @@ macro_rules! trials {
     }};
 }
 
-/// On virtiofs and vsock, and on what a clone has that shares its memory.
 fn sandbox() -> ConfigureSandboxRequest {
     ConfigureSandboxRequest {
         sandbox_id: "sandbox".to_owned(),
@@ -83,6 +82,7 @@ fn sandbox() -> ConfigureSandboxRequest {
     }
 }
 
+/// On virtiofs and vsock, and on what a clone has that shares its memory.
 #[rstest::rstest]
 #[case::boot(false)]
 #[case::copy_on_write(true)]

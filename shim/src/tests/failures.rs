@@ -27,18 +27,6 @@ async fn a_machine_that_does_not_come_up_leaves_an_empty_pod() {
 }
 
 #[tokio::test]
-async fn a_guest_that_cannot_be_made_the_pods_is_ended() {
-    let mut node = Node::new().await;
-    node.guest.fails.lock().unwrap().insert("configure", "no such sysctl");
-    let error = node.pod.create(&node.sandbox_request()).await.err().unwrap();
-    assert!(error.to_string().contains("no such sysctl"), "{error}");
-    assert!(node.pod.machine().is_none());
-    use crate::hypervisor::RunningMachine as _;
-    timeout(SOON, node.machine.exited()).await.unwrap();
-    node.no_more_events();
-}
-
-#[tokio::test]
 async fn bad_input_is_told_before_a_machine_is_started() {
     let node = Node::new().await;
     let mut request = node.request(

@@ -468,11 +468,8 @@ impl Hypervisor for FakeHypervisor {
         *self.described.lock().unwrap() = Some(machine.clone());
         match &self.start {
             Start::Works(started) => {
-                if let Some(sandbox) = &machine.sandbox
-                    && let Err(error) = started.agent().configure_sandbox(sandbox).await
-                {
-                    started.die("QEMU was killed", false).await;
-                    return Err(error.into());
+                if let Some(sandbox) = &machine.sandbox {
+                    started.agent().configure_sandbox(sandbox).await?;
                 }
                 Ok(started.clone())
             }
