@@ -37,7 +37,7 @@ pub(crate) async fn greet(host: &Host, port: u32, done: &[&str]) -> Result<()> {
     let mut greeting = (greeting + "\n").into_bytes();
     let greet = async {
         let mut stream = host.dial(port).await?;
-        // Nothing between the two that takes long: the host takes it for the time at which it hears it.
+        // Nothing before and after it that takes long: for the host it is some time between taking the connection and hearing this.
         let clock = identity::adjust_clock(0, false).map_err(io::Error::other)?;
         greeting.extend_from_slice(&clock.to_be_bytes());
         stream.write_all(&greeting).await?;
