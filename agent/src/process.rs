@@ -29,7 +29,7 @@ use crate::{
 
 /// Bytes of output that wait in a pipe: more than the 64 KiB that it holds by itself (pipe(7)), so that a program that writes much and
 /// the agent do not take turns for each of its writes.
-const OUTPUT: i32 = 256 * 1024;
+pub(crate) const OUTPUT: usize = 256 * 1024;
 
 /// Where the bytes of one of its streams come from or go to.
 pub(crate) enum Endpoint {
@@ -94,7 +94,7 @@ impl Process {
         let output = || -> io::Result<(Endpoint, OwnedFd)> {
             let (ours, theirs) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
             // A smaller one does as well.
-            let _ = fcntl(&ours, FcntlArg::F_SETPIPE_SZ(OUTPUT));
+            let _ = fcntl(&ours, FcntlArg::F_SETPIPE_SZ(OUTPUT as i32));
             Ok((Endpoint::Output(Box::new(receiver(ours)?)), theirs))
         };
         if self.wanted.stdout {

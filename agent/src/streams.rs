@@ -3,17 +3,22 @@
 
 use std::{io, sync::Arc, time::Duration};
 
-use coreos_kvm_proto::frame;
+use coreos_kvm_proto::frame::{self, Frames};
 use futures::FutureExt as _;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_util::sync::CancellationToken;
 
-use crate::{containers::Containers, process::Endpoint};
+use crate::{
+    containers::Containers,
+    process::{Endpoint, OUTPUT},
+};
 
 /// The host says at once which stream it means.
 const HELLO: Duration = Duration::from_secs(10);
 /// Bytes of a frame with its header: what vsock sends at once (`VIRTIO_VSOCK_MAX_PKT_BUF_SIZE` in the kernel's virtio_vsock.h).
 const PACKET: usize = 64 * 1024;
+/// The same of a program that writes much: all that waits in its pipe, so that it is woken up once for that.
+const BATCH: usize = OUTPUT;
 /// The host closes the connection as soon as it has read the end.
 const FAREWELL: Duration = Duration::from_secs(30);
 
@@ -64,6 +69,9 @@ async fn copy_out(
             break;
         }
         frame::write(stream, &mut buffer[..frame::HEADER + count]).await?;
+        if frame::HEADER + count == buffer.len() {
+            buffer.resize(BATCH, 0);
+        }
     }
     frame::write_end(stream).await?;
     // A connection that is closed at once may lose what is still on its way: the host is the one who closes.
@@ -78,9 +86,9 @@ async fn copy_in(
     forgotten: &CancellationToken,
 ) -> io::Result<()> {
     let copy = async {
-        let mut buffer = Vec::new();
-        while frame::read(stream, &mut buffer).await? {
-            input.write_all(&buffer).await?;
+        let mut frames = Frames::new(stream);
+        while let Some(bytes) = frames.next().await? {
+            input.write_all(bytes).await?;
         }
         Ok(())
     };
@@ -94,10 +102,10 @@ async fn copy_in(
 mod tests {
     use super::*;
 
-    async fn received(mut host: impl AsyncRead + Unpin) -> Vec<u8> {
-        let (mut all, mut buffer) = (Vec::new(), Vec::new());
-        while frame::read(&mut host, &mut buffer).await.unwrap() {
-            all.extend_from_slice(&buffer);
+    async fn received(host: impl AsyncRead + Unpin) -> Vec<u8> {
+        let (mut frames, mut all) = (Frames::new(host), Vec::new());
+        while let Some(bytes) = frames.next().await.unwrap() {
+            all.extend_from_slice(bytes);
         }
         all
     }

@@ -15,7 +15,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::frame;
+use crate::frame::{self, Frames};
 
 /// The agent's answer when there is a connection.
 pub const CONNECTED: u8 = 1;
@@ -66,9 +66,9 @@ pub async fn carry(
         }
     });
     let mut back = pin!(async {
-        let mut buffer = Vec::new();
-        while frame::read(&mut from, &mut buffer).await.map_err(Broken::Source)? {
-            output.write_all(&buffer).await.map_err(|_| Broken::Sink)?;
+        let mut frames = Frames::new(&mut from);
+        while let Some(bytes) = frames.next().await.map_err(Broken::Source)? {
+            output.write_all(bytes).await.map_err(|_| Broken::Sink)?;
             carried.fetch_add(1, Ordering::Relaxed);
         }
         output.shutdown().await.map_err(|_| Broken::Sink)

@@ -1,37 +1,61 @@
-//! Frames on a stream connection: a length (u32, big endian, at most [`FRAME_MAX`]) and so many bytes; a length of 0 is the
-//! end of the stream. The end travels in band because not every vsock device carries a half-closed connection.
+//! Frames on a stream connection: a length (u32, big endian) and so many bytes; a length of 0 is the end of the stream. The end travels
+//! in band because not every vsock device carries a half-closed connection.
 
 use std::io;
 
 use protobuf::Message;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::{FRAME_MAX, agent::StreamHello};
+use crate::agent::StreamHello;
 
 /// Longest [`StreamHello`], in bytes.
 const HELLO_MAX: usize = 4096;
+/// How much is read at a time, in bytes: what a pipe holds by default (pipe(7)).
+const CHUNK: usize = 64 * 1024;
 
-/// Reads one frame into `buffer`, whose former content is lost; false at the end of the stream.
-///
-/// # Errors
-/// Of the connection, also when it ends without the frame that says so; `InvalidData` for a frame that is too long.
-pub async fn read(reader: &mut (impl AsyncRead + Unpin), buffer: &mut Vec<u8>) -> io::Result<bool> {
-    read_at_most(reader, buffer, FRAME_MAX).await
+/// The bytes of a stream that comes in frames, as they arrive: how long a frame is says its sender, and costs its reader nothing.
+#[derive(Debug)]
+pub struct Frames<R> {
+    reader: R,
+    buffer: Vec<u8>,
+    /// Bytes of the frame that have not been read.
+    rest: u64,
+    ended: bool,
 }
 
-async fn read_at_most(reader: &mut (impl AsyncRead + Unpin), buffer: &mut Vec<u8>, most: usize) -> io::Result<bool> {
-    buffer.clear();
-    let length = reader.read_u32().await?;
-    match usize::try_from(length) {
-        Ok(length) if length <= most => {
-            buffer.resize(length, 0);
-            reader.read_exact(buffer).await?;
-            Ok(length > 0)
+impl<R: AsyncRead + Unpin> Frames<R> {
+    /// Of a connection on which nothing but frames follows.
+    pub fn new(reader: R) -> Self {
+        Self {
+            reader,
+            buffer: Vec::new(),
+            rest: 0,
+            ended: false,
         }
-        _ => Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("a frame of {length} bytes is longer than the {most} that are allowed"),
-        )),
+    }
+
+    /// The next bytes, at most 64 KiB of them; None at the end of the stream.
+    ///
+    /// # Errors
+    /// Of the connection, also when it ends without the frame that says so.
+    pub async fn next(&mut self) -> io::Result<Option<&[u8]>> {
+        if self.rest == 0 && !self.ended {
+            self.rest = self.reader.read_u32().await?.into();
+            self.ended = self.rest == 0;
+        }
+        if self.ended {
+            return Ok(None);
+        }
+        self.buffer.clear();
+        self.buffer.reserve(CHUNK);
+        let mut frame = (&mut self.reader).take(self.rest.min(CHUNK as u64));
+        match frame.read_buf(&mut self.buffer).await? {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            count => {
+                self.rest -= count as u64;
+                Ok(Some(&self.buffer))
+            }
+        }
     }
 }
 
@@ -42,9 +66,9 @@ pub const HEADER: usize = 4;
 /// out at once, without being copied.
 ///
 /// # Errors
-/// Of the connection; `InvalidInput` for a frame that is too long or has no space for its header.
+/// Of the connection; `InvalidInput` for a frame of 4 GiB or one that has no space for its header.
 pub async fn write(writer: &mut (impl AsyncWrite + Unpin), buffer: &mut [u8]) -> io::Result<()> {
-    let length = buffer.len().checked_sub(HEADER).filter(|length| *length <= FRAME_MAX);
+    let length = buffer.len().checked_sub(HEADER);
     let length = length.and_then(|length| u32::try_from(length).ok());
     let length = length.ok_or(io::ErrorKind::InvalidInput)?;
     buffer[..HEADER].copy_from_slice(&length.to_be_bytes());
@@ -74,8 +98,11 @@ pub async fn write_hello(writer: &mut (impl AsyncWrite + Unpin), hello: &StreamH
 /// # Errors
 /// Of the connection; `InvalidData` for anything else than a [`StreamHello`] of at most 4 KiB.
 pub async fn read_hello(reader: &mut (impl AsyncRead + Unpin)) -> io::Result<StreamHello> {
-    let mut buffer = Vec::new();
-    read_at_most(reader, &mut buffer, HELLO_MAX).await?;
+    let length = reader.read_u32().await?;
+    let length = usize::try_from(length).ok().filter(|length| *length <= HELLO_MAX);
+    let length = length.ok_or(io::ErrorKind::InvalidData)?;
+    let mut buffer = vec![0; length];
+    reader.read_exact(&mut buffer).await?;
     Ok(StreamHello::parse_from_bytes(&buffer)?)
 }
 
@@ -84,37 +111,53 @@ mod tests {
     use super::*;
 
     async fn read_all(bytes: &[u8]) -> io::Result<Vec<Vec<u8>>> {
-        let (mut reader, mut frames, mut buffer) = (bytes, Vec::new(), Vec::new());
-        while read(&mut reader, &mut buffer).await? {
-            frames.push(buffer.clone());
+        let (mut frames, mut all) = (Frames::new(bytes), Vec::new());
+        while let Some(bytes) = frames.next().await? {
+            all.push(bytes.to_vec());
         }
-        Ok(frames)
+        Ok(all)
     }
 
     #[tokio::test]
     async fn frames_come_out_as_they_went_in() {
         let mut wire = Vec::new();
         write(&mut wire, &mut b"\0\0\0\0one".to_vec()).await.unwrap();
-        write(&mut wire, &mut vec![7; HEADER + FRAME_MAX]).await.unwrap();
+        write(&mut wire, &mut vec![7; HEADER + CHUNK]).await.unwrap();
         write_end(&mut wire).await.unwrap();
-        let frames = read_all(&wire).await.unwrap();
-        assert_eq!(frames, [b"one".to_vec(), vec![7; FRAME_MAX]]);
+        assert_eq!(read_all(&wire).await.unwrap(), [b"one".to_vec(), vec![7; CHUNK]]);
+    }
+
+    #[tokio::test]
+    async fn a_long_frame_comes_in_pieces_before_all_of_it_is_there() {
+        let (host, mut guest) = tokio::io::duplex(3 * CHUNK);
+        let sent: Vec<u8> = (0..=255).cycle().take(3 * CHUNK).collect();
+        let (mut frames, mut received) = (Frames::new(host), Vec::new());
+        guest.write_u32(sent.len().try_into().unwrap()).await.unwrap();
+        for piece in sent.chunks(100_000) {
+            guest.write_all(piece).await.unwrap();
+            let before = received.len();
+            while received.len() < before + piece.len() {
+                received.extend_from_slice(frames.next().await.unwrap().unwrap());
+            }
+        }
+        assert!(received == sent);
+        write_end(&mut guest).await.unwrap();
+        assert_eq!(frames.next().await.unwrap(), None);
+        assert_eq!(frames.next().await.unwrap(), None, "the end stays the end");
     }
 
     #[tokio::test]
     async fn an_end_without_a_word_is_an_error() {
-        let error = read_all(b"\0\0\0\x03one").await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        for cut_short in [&b""[..], b"\0\0", b"\0\0\0\x03", b"\0\0\0\x03one"] {
+            let error = read_all(cut_short).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{cut_short:?}");
+        }
     }
 
     #[tokio::test]
-    async fn a_frame_that_is_too_long_is_refused_before_it_is_read() {
-        assert_eq!(
-            read_all(&[0xff; 8]).await.unwrap_err().kind(),
-            io::ErrorKind::InvalidData
-        );
-        let mut wire = Vec::new();
-        assert!(write(&mut wire, &mut vec![0; HEADER + FRAME_MAX + 1]).await.is_err());
+    async fn a_hello_that_is_too_long_is_refused_before_it_is_read() {
+        let error = read_hello(&mut [0xff; 8].as_slice()).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
     }
 
     #[tokio::test]

@@ -13,7 +13,7 @@ pub mod mux;
 pub use generated::{agent, agent_ttrpc};
 
 /// Number of this protocol. It grows whenever host and agent of different numbers could misunderstand each other.
-pub const PROTOCOL: u32 = 5;
+pub const PROTOCOL: u32 = 6;
 
 /// vsock port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -52,8 +52,6 @@ pub const SANDBOX_DONE: &str = "sandbox";
 /// Longest line of a greeting, newline included, in bytes.
 pub const GREETING_MAX: usize = 128;
 
-/// Longest frame on a stream connection, in bytes.
-pub const FRAME_MAX: usize = 64 * 1024;
 /// Longest message of the ttrpc protocol, in bytes.
 pub const MESSAGE_MAX: usize = 4 * 1024 * 1024;
 

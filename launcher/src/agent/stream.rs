@@ -3,9 +3,9 @@
 use std::io;
 
 use coreos_kvm_proto::{
-    FRAME_MAX, STREAM_PORT,
+    STREAM_PORT,
     agent::{StreamHello, stream_hello::Kind},
-    frame,
+    frame::{self, Frames},
 };
 
 use super::ProcessName;
@@ -26,11 +26,7 @@ impl Stream {
     /// Of the connection.
     pub async fn output(self, name: ProcessName<'_>, stderr: bool) -> io::Result<StreamReader> {
         let kind = if stderr { Kind::STDERR } else { Kind::STDOUT };
-        Ok(StreamReader {
-            stream: self.named(name, kind).await?,
-            buffer: Vec::new(),
-            ended: false,
-        })
+        Ok(StreamReader(Frames::new(self.named(name, kind).await?)))
     }
 
     /// It is the process's stdin.
@@ -59,11 +55,7 @@ impl Stream {
 
 /// What comes from the guest.
 #[derive(Debug)]
-pub struct StreamReader {
-    stream: VsockStream,
-    buffer: Vec<u8>,
-    ended: bool,
-}
+pub struct StreamReader(Frames<VsockStream>);
 
 impl StreamReader {
     /// The next bytes, at most 64 KiB of them; None at the end. As long as nobody asks, the process is held back.
@@ -71,10 +63,7 @@ impl StreamReader {
     /// # Errors
     /// When the connection is lost before the stream's end.
     pub async fn next(&mut self) -> io::Result<Option<&[u8]>> {
-        if !self.ended {
-            self.ended = !frame::read(&mut self.stream, &mut self.buffer).await?;
-        }
-        Ok((!self.ended).then_some(self.buffer.as_slice()))
+        self.0.next().await
     }
 }
 
@@ -91,13 +80,10 @@ impl StreamWriter {
     /// # Errors
     /// When the connection is lost.
     pub async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        for part in bytes.chunks(FRAME_MAX) {
-            self.buffer.clear();
-            self.buffer.extend_from_slice(&[0; frame::HEADER]);
-            self.buffer.extend_from_slice(part);
-            frame::write(&mut self.stream, &mut self.buffer).await?;
-        }
-        Ok(())
+        self.buffer.clear();
+        self.buffer.extend_from_slice(&[0; frame::HEADER]);
+        self.buffer.extend_from_slice(bytes);
+        frame::write(&mut self.stream, &mut self.buffer).await
     }
 
     /// Says that nothing follows: the process reads the end of its stdin.

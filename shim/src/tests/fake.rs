@@ -21,7 +21,7 @@ use coreos_kvm_proto::{
     AGENT_PORT,
     agent::{self as proto, stream_hello::Kind},
     agent_ttrpc::{Agent, create_agent},
-    frame,
+    frame::{self, Frames},
 };
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
@@ -128,9 +128,9 @@ impl Guest {
         let hello = frame::read_hello(&mut stream).await.unwrap();
         let container = hello.container_id.clone();
         if hello.kind.enum_value() == Ok(Kind::STDIN) {
-            let (mut all, mut part) = (Vec::new(), Vec::new());
-            while let Ok(true) = frame::read(&mut stream, &mut part).await {
-                all.extend_from_slice(&part);
+            let (mut frames, mut all) = (Frames::new(stream), Vec::new());
+            while let Ok(Some(bytes)) = frames.next().await {
+                all.extend_from_slice(bytes);
             }
             self.stdin.lock().unwrap().insert(container, all);
             return;
