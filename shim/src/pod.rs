@@ -1,4 +1,10 @@
 //! The pod: one machine and the containers in it.
+//!
+//! - [`start`]: how the machine comes to be
+//! - [`size`]: how it follows its containers' limits
+
+mod size;
+mod start;
 
 use std::{
     collections::BTreeMap,
@@ -11,8 +17,7 @@ use containerd_shim_protos::{
     api::CreateTaskRequest,
     events::task::{TaskCreate, TaskIO},
 };
-use coreos_kvm_launcher::{agent::Processes, config::Config, machine::Network, state::ProcessId, vm::MachineSize};
-use oci_spec::runtime::{LinuxResources, Spec};
+use coreos_kvm_launcher::agent::Processes;
 use protobuf::MessageField;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -20,22 +25,19 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     bundle,
     container::{Container, Wanted},
-    containerd::{self, Containerd, SharedProcesses},
-    error::{ShimError, sentence},
+    containerd::{Containerd, SharedProcesses},
+    error::ShimError,
     events::Events,
-    facts::Facts,
     guestspec,
     hypervisor::{Hypervisor, RunningMachine},
     limits::Limits,
-    logging, options,
+    options,
     pod_volumes::PodVolumes,
     podfiles::WrittenFiles,
     podspec::{self, PodSpec, Role},
-    portforward,
     process::{Exit, KILLED},
     streams::Stdio,
     userns::{self, UserNamespace},
-    volume::EmptyDirs,
 };
 
 /// Pause between two looks at whether containerd still has a pod that has not begun.
@@ -312,129 +314,11 @@ impl Pod {
         }
     }
 
-    /// Starts the pod's machine, unless nobody waits for it any more: a start that is dropped undoes itself.
-    async fn booted(
-        &self,
-        wanted: &WantedSandbox,
-        given_up: &CancellationToken,
-    ) -> Result<Arc<dyn RunningMachine>, ShimError> {
-        tokio::select! {
-            biased;
-            () = self.closing.cancelled() => {
-                Err(ShimError::FailedPrecondition("the pod is being removed".to_owned()))
-            }
-            () = given_up.cancelled() => {
-                Err(ShimError::Internal("containerd has given up the machine's start".to_owned()))
-            }
-            machine = self.boot(wanted) => machine,
-        }
-    }
-
-    /// Starts the pod's machine.
-    async fn boot(&self, wanted: &WantedSandbox) -> Result<Arc<dyn RunningMachine>, ShimError> {
-        {
-            let contents = self.contents();
-            // Another container that is being created may be starting the machine.
-            if contents.machine.is_some() || contents.containers.len() > 1 {
-                return Err(ShimError::AlreadyExists("the pod has a machine already".to_owned()));
-            }
-        }
-        let (pod, bundle) = (&wanted.pod, Path::new(&wanted.bundle));
-        let config = wanted.config.as_ref().or(self.config.as_ref());
-        let config = Config::load_or_default(config.map(PathBuf::as_path)).map_err(ShimError::invalid)?;
-        logging::set_level(config.log_level);
-        let machine = pod.machine(&config)?;
-        let netns = match &machine.network {
-            Network::Tap { netns, .. } => Some(netns.clone()),
-            _ => None,
-        };
-        let files = pod.files.as_ref().map(|files| files.write(&bundle::work(bundle)));
-        let files = files.transpose()?;
-        let record = bundle::Record {
-            machine: machine.id.to_string(),
-            state_dir: config.state_dir.clone(),
-            shim: ProcessId::of(std::process::id()),
-        };
-        record.write(bundle)?;
-
-        self.contents().booting = Some(record);
-        let (machine, ports) = tokio::join!(self.hypervisor.start(&config, machine), self.ports(pod));
-        let machine = machine.inspect_err(|_| self.contents().booting = None)?;
-        if let Some(netns) = netns
-            && let Err(error) = portforward::start(machine.clone(), &netns).await
-        {
-            // All else works.
-            tracing::warn!(
-                sandbox_id = pod.id,
-                error = sentence(&error),
-                "port-forward will not work"
-            );
-        }
-        tracing::info!(
-            sandbox_id = pod.id,
-            qemu = machine.pid(),
-            ports,
-            "the pod's machine is up"
-        );
-        let mut contents = self.contents();
-        (contents.machine, contents.booting) = (Some(machine.clone()), None);
-        contents.guest_memory_overhead_mib = config.guest_memory_overhead_mib;
-        contents.size_is_named = pod.names_size();
-        contents.files = files;
-        contents.users = pod.users;
-        if let Some(own) = EmptyDirs::of(&config.kubelet_dir, &pod.uid) {
-            self.volumes.own(own);
-        }
-        Ok(machine)
-    }
-
-    /// The pod's ports, for the log. In a machine that has the pod's addresses every port is the pod's, and those that the
-    /// node forwards are the CNI's: nothing has to be done for them, so not knowing them is no failure.
-    async fn ports(&self, pod: &PodSpec) -> String {
-        let asked = match (&pod.ports, &self.containerd) {
-            (Some(ports), _) => Ok(ports.clone()),
-            (None, Some(containerd)) => containerd.ports(&pod.id).await,
-            (None, None) => Ok(Vec::new()),
-        };
-        match asked {
-            Ok(ports) => containerd::list(&ports),
-            Err(error) => {
-                tracing::warn!(sandbox_id = pod.id, %error, "containerd does not tell the pod's ports");
-                String::new()
-            }
-        }
-    }
-
-    /// Has containerd know what the machine is, for whoever looks at the sandbox. Nobody waits for it.
-    fn tell(&self, id: &str, machine: &Arc<dyn RunningMachine>) {
-        let (containerd, id) = (self.containerd.clone(), id.to_owned());
-        let annotations = Facts::of(&machine.info()).annotations();
-        if let Some(containerd) = containerd {
-            tokio::spawn(async move {
-                if let Err(error) = containerd.annotate(&id, &annotations).await {
-                    let error = sentence(&error);
-                    tracing::warn!(
-                        sandbox_id = id,
-                        error,
-                        "`crictl inspectp` will not tell what the machine is"
-                    );
-                }
-            });
-        }
-    }
-
     /// Whose process namespace a container is in that has none of its own.
     async fn shared_processes(&self, id: &str) -> Result<SharedProcesses, ShimError> {
         match &self.containerd {
             Some(containerd) => containerd.shared_processes(id).await,
             None => Ok(SharedProcesses::Pod),
-        }
-    }
-
-    async fn give_up(&self, machine: &Arc<dyn RunningMachine>) {
-        self.contents().machine = None;
-        if let Err(error) = machine.shutdown(Duration::ZERO).await {
-            tracing::error!(%error, "the machine of a pod that is not to be could not be removed");
         }
     }
 
@@ -477,74 +361,6 @@ impl Pod {
             }
         }
         Ok((exit, container.pid()))
-    }
-
-    /// Changes a container's limits, and with them the size of the machine; those of a sandbox are the pod's. `resources` is the
-    /// OCI specification's `linux.resources` as JSON.
-    ///
-    /// # Errors
-    /// When the machine cannot become so large: the limits then stay.
-    pub(crate) async fn update(&self, id: &str, resources: &[u8]) -> Result<(), ShimError> {
-        let resources: LinuxResources = serde_json::from_slice(resources)
-            .map_err(|error| ShimError::InvalidArgument(format!("the limits cannot be read: {error}")))?;
-        let container = self.container(id)?;
-        if container.has_stopped() {
-            return Err(ShimError::NotFound(format!("the container {id} has ended")));
-        }
-        let machine = container.machine();
-        let _alone = self.resizing.lock().await;
-        let (before, wanted) = (
-            self.size_with(&[]),
-            self.size_with(&[(id, container.limits().changed(&resources))]),
-        );
-        // What is allowed is there before, and taken away only when it is not allowed any more.
-        let updated = match machine.grow(wanted).await {
-            Ok(()) => container.update(&resources).await,
-            Err(error) => Err(error),
-        };
-        let needed = if updated.is_ok() { wanted } else { before };
-        if let Err(error) = machine.shrink(needed).await {
-            tracing::warn!(container_id = id, %error, "the machine keeps what it does not need any more");
-        }
-        updated
-    }
-
-    /// Has the machine grow to what a new container may use beside the others, where the pod was started with less: its limits may
-    /// have changed since, or whoever started it did not know of them.
-    async fn make_room(&self, id: &str, spec: &Spec, machine: &Arc<dyn RunningMachine>) {
-        if self.contents().size_is_named {
-            return;
-        }
-        let _alone = self.resizing.lock().await;
-        let wanted = self.size_with(&[(id, Limits::of(spec))]);
-        if let Err(error) = machine.grow(wanted).await {
-            tracing::warn!(container_id = id, %error, "the container may use more than its machine has");
-        }
-    }
-
-    /// The size for all containers, those of `changes` with these limits.
-    fn size_with(&self, changes: &[(&str, Limits)]) -> MachineSize {
-        let contents = self.contents();
-        let all: BTreeMap<_, _> = contents
-            .containers
-            .iter()
-            .filter_map(|(id, container)| Some((id.as_str(), container.as_ref()?.limits())))
-            .chain(changes.iter().copied())
-            .collect();
-        let is_sandbox = |id: &&str| {
-            let container = contents.containers.get(*id).and_then(Option::as_ref);
-            container.is_some_and(|container| container.role() == Role::Sandbox)
-        };
-        let (pod, members): (Vec<_>, Vec<_>) = all.into_iter().partition(|(id, _)| is_sandbox(id));
-        let size = |limits: Vec<(&str, Limits)>| {
-            let limits = limits.into_iter().map(|(_, limits)| limits);
-            Limits::size(limits, contents.guest_memory_overhead_mib)
-        };
-        let (pod, sum) = (size(pod), size(members));
-        MachineSize {
-            vcpus: pod.vcpus.max(sum.vcpus),
-            memory_mib: pod.memory_mib.max(sum.memory_mib),
-        }
     }
 
     /// Closes the pod if nothing is in it; what is being created is given up.
