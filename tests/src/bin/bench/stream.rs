@@ -2,16 +2,17 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::{AsFd, AsRawFd as _};
 use std::os::unix::fs::chown;
 use std::os::unix::net::UnixListener;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use coreos_kvm_launcher::state::{Record, VsockAddress};
 use kubeception_tests::image::BUSYBOX;
 use kubeception_tests::node::Handler;
 use kubeception_tests::pod::{Container, Pod};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 
@@ -24,6 +25,8 @@ const MIB: usize = 1 << 20;
 const SIZE: usize = 64 * MIB;
 /// What is written at once: what a pipe holds.
 const CHUNK: usize = 64 * 1024;
+/// How long a stream may be silent: a program that is started in an emulated guest takes some seconds.
+const SILENCE: Duration = Duration::from_secs(60);
 /// Port of the host at which the raw stream is taken; no other program of the node has it in a node of its own.
 const PORT: u32 = 9999;
 /// Where a container finds this program.
@@ -81,7 +84,7 @@ impl Bench<'_> {
             eprintln!("streams {run} of {}", self.arguments.runs);
             let exec = format!("raw-{run}");
             shim.exec(&container, &exec, &[&program, "--send", "host"], &fifo)?;
-            raws.add(rate(&mut listener.accept()?)?);
+            raws.add(rate(&mut *listener.accept()?)?);
             shim.finish(&container, &exec)?;
 
             let exec = format!("output-{run}");
@@ -150,7 +153,11 @@ enum Listener {
 }
 
 impl Listener {
-    fn accept(&self) -> Result<Box<dyn Read>> {
+    fn accept(&self) -> Result<Box<dyn Stream>> {
+        match self {
+            Self::Kernel(listener) => speaks(listener).context("waiting for the guest's connection")?,
+            Self::Process(listener) => speaks(listener).context("waiting for the guest's connection")?,
+        }
         Ok(match self {
             Self::Kernel(listener) => Box::new(listener.accept()?.0),
             Self::Process(listener) => Box::new(listener.accept()?.0),
@@ -158,12 +165,26 @@ impl Listener {
     }
 }
 
+/// What bytes arrive on.
+trait Stream: Read + AsFd {}
+impl<T: Read + AsFd> Stream for T {}
+
+/// Waits until something has arrived.
+fn speaks(stream: &(impl AsFd + ?Sized)) -> Result<()> {
+    let mut polled = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+    let ready = poll(&mut polled, PollTimeout::try_from(SILENCE)?)?;
+    ensure!(ready > 0, "nothing came for {} s", SILENCE.as_secs());
+    Ok(())
+}
+
 /// Reads a whole stream: MiB per second, from its first bytes to its last.
-fn rate(stream: &mut dyn Read) -> Result<f64> {
+fn rate(stream: &mut dyn Stream) -> Result<f64> {
     let mut buffer = vec![0; CHUNK];
+    speaks(stream)?;
     let mut rest = SIZE - stream.read(&mut buffer)?;
     let (begun, measured) = (Instant::now(), rest);
     while rest > 0 {
+        speaks(stream).with_context(|| format!("{rest} bytes of the stream are missing"))?;
         let count = stream.read(&mut buffer)?;
         ensure!(count > 0, "the stream ends {rest} bytes early");
         rest = rest.checked_sub(count).context("the stream is too long")?;
