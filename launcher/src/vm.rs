@@ -4,7 +4,7 @@ use std::{
     fs::File,
     path::PathBuf,
     process::ExitStatus,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -21,7 +21,7 @@ use crate::{
     console::Watcher,
     machine::{Machine, MachineId},
     process::Process,
-    qemu::qmp::{Ending, Qmp, QmpError},
+    qemu::qmp::{Ending, Qmp},
     state::{Record, StateDir, VsockAddress},
     vsock::Multiplexed,
 };
@@ -31,6 +31,7 @@ mod build;
 mod clock;
 mod clone;
 mod error;
+mod pause;
 mod plan;
 mod remains;
 mod resize;
@@ -38,6 +39,7 @@ mod save;
 mod watch;
 
 pub use error::VmError;
+pub use pause::PauseError;
 pub use remains::{DestroyError, destroy};
 pub use resize::{MachineSize, ResizeError};
 pub use save::{make_template, template_key};
@@ -61,6 +63,8 @@ pub struct Vm {
     shared_memory: Mutex<Option<File>>,
     /// Held while the size is changed.
     sizes: tokio::sync::Mutex<resize::Sizes>,
+    /// Its guest's processors are halted.
+    paused: AtomicBool,
     /// Has the guest's clock looked at, which has stood still.
     resumed: Arc<Notify>,
 }
@@ -165,24 +169,6 @@ impl Vm {
         })
     }
 
-    /// Halts the guest's processors.
-    ///
-    /// # Errors
-    /// When QEMU does not do it.
-    pub async fn pause(&self) -> Result<(), QmpError> {
-        self.qmp.stop().await
-    }
-
-    /// Lets them go on. The guest's clock is set soon after.
-    ///
-    /// # Errors
-    /// When QEMU does not do it.
-    pub async fn resume(&self) -> Result<(), QmpError> {
-        self.qmp.cont().await?;
-        self.resumed.notify_one();
-        Ok(())
-    }
-
     /// Ends the machine: the guest is asked to power off and has `grace` for it, half of it by the agent's word and half by
     /// the power button; then it is killed. Afterwards everything it held is free. May be called again.
     ///
@@ -211,7 +197,9 @@ impl Vm {
 
     async fn power_off(&self, grace: Duration) {
         // A halted guest hears nothing.
-        let _ = self.qmp.cont().await;
+        if self.is_paused() {
+            let _ = self.resume().await;
+        }
         let asked = async {
             self.agent.shutdown().await?;
             Ok::<_, AgentError>(self.exited().await)

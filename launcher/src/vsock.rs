@@ -250,11 +250,22 @@ impl VsockDialer {
     }
 }
 
+/// A connection that is closed before the guest has answered ends the device's worker, once the guest does (`VSOCK_OP_RESPONSE` in
+/// vhost-device-vsock's vsock_conn.rs), and with it all others. So one that is given up stays open until then, or until the device's end.
 async fn dial_device(path: &Path, port: u32) -> io::Result<VsockStream> {
     let connection = connect_at(path)?;
     connection.set_nonblocking(true)?;
     let mut stream = UnixStream::from_std(connection)?;
-    stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+    let dialed = tokio::spawn(async move {
+        stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+        answered(&mut stream, port).await?;
+        Ok(VsockStream(Stream::Unix(stream)))
+    });
+    dialed.await.map_err(io::Error::other)?
+}
+
+/// Takes the device's word that there is a connection.
+async fn answered(stream: &mut UnixStream, port: u32) -> io::Result<()> {
     // Byte by byte: what follows the answer belongs to the caller.
     let mut answer = Vec::with_capacity(ANSWER_MAX);
     while !answer.ends_with(b"\n") {
@@ -275,13 +286,14 @@ async fn dial_device(path: &Path, port: u32) -> io::Result<VsockStream> {
             Err(error) => return Err(error),
         }
     }
-    if !answer.starts_with(b"OK ") {
-        return Err(io::Error::new(
+    if answer.starts_with(b"OK ") {
+        Ok(())
+    } else {
+        Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "the vsock device does not answer OK",
-        ));
+        ))
     }
-    Ok(VsockStream(Stream::Unix(stream)))
 }
 
 /// A connection with the guest.
@@ -363,6 +375,23 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(text, "hello");
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_given_up_stays_open_until_it_is_answered() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("guest");
+        let listener = UnixListener::bind(&path).unwrap();
+        let dialer = VsockDialer::new(VsockAddress::Socket(path));
+        let given_up = timeout(Duration::from_millis(1), dialer.dial(1024)).await;
+        assert!(given_up.is_err());
+        let (mut device, _) = listener.accept().await.unwrap();
+        device.read_exact(&mut [0; 13]).await.unwrap();
+        let silence = timeout(Duration::from_millis(50), device.read_u8()).await;
+        assert!(silence.is_err(), "it is closed: {silence:?}");
+        device.write_all(b"OK 1024\n").await.unwrap();
+        let closed = timeout(DIAL, device.read_u8()).await.unwrap();
+        assert_eq!(closed.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 
     #[tokio::test]

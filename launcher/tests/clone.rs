@@ -450,6 +450,26 @@ async fn a_pod_that_wants_what_cannot_be_hears_it_and_no_template_is_to_blame(
     assert_clone(&place, &vm);
     let seen = text(&vm, "hostname; cat /proc/sys/kernel/shm_rmid_forced").await;
     assert_eq!(seen, "pod-0\n1");
+    end(&place, vec![vm], &[machine.clone()]).await;
+
+    // More than a clone can be told when it is woken.
+    let mut much = sandbox("kernel.shm_rmid_forced");
+    let names = [
+        "ip_forward",
+        "tcp_syncookies",
+        "ip_dynaddr",
+        "tcp_mtu_probing",
+        "tcp_fwmark_accept",
+    ];
+    let number = format!("1{}", " ".repeat(4000));
+    much.sysctls
+        .extend(names.map(|name| (format!("net.ipv4.{name}"), number.clone())));
+    machine.sandbox = Some(much);
+    let vm = Vm::start(&place.config, machine.clone()).await.unwrap();
+    assert_clone(&place, &vm);
+    let files = names.map(|name| format!("/proc/sys/net/ipv4/{name}"));
+    let seen = text(&vm, &format!("hostname; cat {} | tr -d '\\n'", files.join(" "))).await;
+    assert_eq!(seen, "pod-0\n11111");
     end(&place, vec![vm], &[machine]).await;
 }
 

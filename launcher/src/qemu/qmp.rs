@@ -192,11 +192,6 @@ impl Qmp {
         self.execute(command).await.map(drop)
     }
 
-    /// Whether the guest's processors are halted.
-    pub async fn is_halted(&self) -> Result<bool, QmpError> {
-        self.execute(qmp::query_status {}).await.map(|status| !status.running)
-    }
-
     /// Whether the guest has refused to give back a device, since it was last asked to.
     pub fn is_kept(&self, name: &str) -> bool {
         self.kept().contains(name)

@@ -3,7 +3,7 @@
 
 use std::{
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -258,6 +258,7 @@ async fn bring_up(
         _ports: ports,
         shared_memory: Mutex::new(shared_memory),
         sizes: tokio::sync::Mutex::new(Sizes::of(machine)),
+        paused: AtomicBool::new(false),
         resumed,
     })
 }

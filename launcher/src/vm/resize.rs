@@ -86,14 +86,18 @@ impl Vm {
             return Ok(sizes.now);
         }
         sizes.allow(wanted)?;
+        // A halted guest takes nothing into use.
+        if self.is_paused() {
+            return if sizes.now.holds(wanted) {
+                Ok(sizes.now)
+            } else {
+                Err(ResizeError::Paused)
+            };
+        }
         let modules = self.look(&mut sizes).await?;
         let missing_mib = wanted.memory_mib.saturating_sub(sizes.certain_mib(&modules));
         if missing_mib == 0 && wanted.vcpus <= sizes.now.vcpus {
             return Ok(sizes.now);
-        }
-        // A halted guest takes nothing into use.
-        if self.qmp.is_halted().await? {
-            return Err(ResizeError::Paused);
         }
         let (begin, before) = (Instant::now(), sizes.now);
         let grown = self.add(&mut sizes, &modules, missing_mib, wanted.vcpus).await;
@@ -110,14 +114,11 @@ impl Vm {
     /// When QEMU or the agent do not do their part.
     pub async fn shrink(&self, wanted: MachineSize) -> Result<MachineSize, ResizeError> {
         let mut sizes = self.sizes.lock().await;
-        if sizes.now == sizes.start {
+        // A halted guest gives nothing back.
+        if sizes.now == sizes.start || self.is_paused() {
             return Ok(sizes.now);
         }
         let modules = self.look(&mut sizes).await?;
-        // A halted guest gives nothing back.
-        if self.qmp.is_halted().await? {
-            return Ok(sizes.now);
-        }
         let (begin, before) = (Instant::now(), sizes.now);
         let shrunk = self.take_away(&mut sizes, modules, wanted).await;
         let looked = self.look(&mut sizes).await;

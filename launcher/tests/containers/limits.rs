@@ -35,6 +35,23 @@ pub(crate) async fn the_clock_is_right_again_after_a_pause(bed: Bed<'_>) {
     bound(right).await;
 }
 
+pub(crate) async fn a_machine_goes_on_that_was_paused_while_it_was_spoken_to(bed: Bed<'_>) {
+    for round in 0..20 {
+        let call = bed.agent().adjust_clock(0, false);
+        let halted = async {
+            // At another moment of the call each time, which takes some milliseconds.
+            tokio::time::sleep(Duration::from_micros(150 * round)).await;
+            bed.vm.pause().await.unwrap();
+            // A connection that begins meanwhile and is given up.
+            let dialed = tokio::time::timeout(Duration::from_millis(20), bed.agent().stream()).await;
+            drop(dialed);
+            bed.vm.resume().await.unwrap();
+        };
+        let (called, ()) = tokio::join!(call, halted);
+        called.unwrap_or_else(|error| panic!("round {round}: {error}"));
+    }
+}
+
 pub(crate) async fn a_container_is_measured_limited_and_paused(bed: Bed<'_>) {
     let script = "while :; do echo tick; sleep 0.05; done";
     bed.create("measured", &["sh", "-c", script], OUTPUT, |_| ())

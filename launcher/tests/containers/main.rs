@@ -126,6 +126,7 @@ async fn containers_in_a_guest_are_what_their_specifications_say(#[case] cloneab
         what_cannot_be_run_is_named,
         a_container_is_measured_limited_and_paused,
         the_clock_is_right_again_after_a_pause,
+        a_machine_goes_on_that_was_paused_while_it_was_spoken_to,
         names_and_states_are_checked,
         a_container_that_never_started_can_be_deleted,
         many_containers_at_once,
