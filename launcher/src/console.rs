@@ -29,8 +29,9 @@ const FILE: u64 = 1024 * 1024;
 const PER_SECOND: usize = 1024 * 1024;
 /// Bytes at hand for error messages.
 const TAIL: usize = 8 * 1024;
-/// Longest line in an error message, in characters.
-const LINE: usize = 200;
+/// Longest line in an error message, in characters: what Ignition says of a failure is some 190, and may come after the firmware's last words,
+/// which have no end of line.
+const LINE: usize = 300;
 
 /// Takes what the guest prints as it comes, in pieces. What finds no room is left out there, and kept on disk all the same.
 pub type Watcher = mpsc::Sender<Vec<u8>>;
