@@ -16,6 +16,7 @@
 mod cgroup;
 mod connections;
 mod containers;
+mod devices;
 mod error;
 mod forward;
 mod free_memory;

@@ -14,14 +14,6 @@ use tokio::time::{Instant, sleep};
 
 use crate::template::Kind;
 
-/// Drivers of the devices that a clone finds when it wakes up, or has from its template; each is loaded there, or part of its kernel.
-const DRIVERS: [&str; 5] = [
-    "virtio_console",
-    "fuse",
-    "virtiofs",
-    "vmw_vsock_virtio_transport",
-    "virtio_net",
-];
 /// A unit that does not come up without what a template does not have, such as a network, is not waited for longer.
 const BOOT: Duration = Duration::from_secs(30);
 /// systemd's answers take tenths of seconds in an emulated guest.
@@ -42,11 +34,6 @@ fn gate_drop_in(service: &str) -> PathBuf {
 const JOURNALS: [&str; 2] = ["/run/log/journal", "/var/log/journal"];
 /// A guest that this marks holds back what only a machine of its own may do, such as making keys.
 const MARK: &str = "/run/coreos-kvm/template";
-
-/// Loads the drivers, so that a device that appears has its driver at once.
-pub(crate) fn load_drivers() -> Result<()> {
-    run("modprobe", &[&["-a"], DRIVERS.as_slice()].concat())
-}
 
 /// Waits until systemd has started everything that it is to start, but not for ever.
 pub(crate) async fn boot_has_ended() {
@@ -117,11 +104,6 @@ pub(crate) fn rename_journals(old: &str, new: &str) -> Result<()> {
     Ok(())
 }
 
-/// Has the kernel look for devices: those that came while the machine was asleep.
-pub(crate) fn find_new_devices() -> Result<()> {
-    fs::write("/sys/bus/pci/rescan", "1").context("looking for new devices")
-}
-
 /// The machine is nobody's template any more.
 pub(crate) fn unmark() -> Result<()> {
     match fs::remove_file(MARK) {
@@ -151,7 +133,7 @@ pub(crate) fn wake_services(kind: Kind) -> Result<()> {
     Ok(())
 }
 
-fn run(program: &str, arguments: &[&str]) -> Result<()> {
+pub(crate) fn run(program: &str, arguments: &[&str]) -> Result<()> {
     said(program, arguments).map(drop)
 }
 

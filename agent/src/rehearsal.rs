@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep};
 use crate::{
     containers::{Containers, Processes},
     identity::Ids,
-    network, quiet,
+    network,
 };
 
 /// The container's name, which no pod's container has.
@@ -38,7 +38,6 @@ const LINKS: [&str; 4] = ["bin", "lib", "lib64", "sbin"];
 /// When the container does not run as it is to: one of a clone would not either.
 pub(crate) async fn rehearse(containers: &Containers, template: Ids) -> Result<()> {
     template.rehearse().context("becoming a machine of its own")?;
-    quiet::find_new_devices()?;
     network::configure(&ConfigureNetworkRequest::default())
         .await
         .context("bringing up the loopback interface")?;

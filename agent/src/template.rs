@@ -6,14 +6,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use coreos_kvm_proto::{
     AGENT_SERIAL_PORT, PROTOCOL, TEMPLATE_ARGUMENT, WAKE_MAX,
-    agent::{Awakening, ConfigureNetworkRequest, ConfigureSandboxRequest, TemplateReady},
+    agent::{
+        Awakening, ConfigureNetworkRequest, ConfigureSandboxRequest, TemplatePlugged, TemplateQuiet, TemplateReady,
+    },
 };
 use protobuf::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{
-    containers::Containers, free_memory, greeting::kernel_argument, identity, mounts::Shm, quiet, rehearsal::rehearse,
-    serial::SerialPort, share::Share,
+    containers::Containers, devices, free_memory, greeting::kernel_argument, identity, mounts::Shm, quiet,
+    rehearsal::rehearse, serial::SerialPort, share::Share,
 };
 
 /// What a clone does after its containers have begun to start waits so long.
@@ -48,8 +50,8 @@ impl Template {
     /// # Errors
     /// When the guest cannot be made quiet.
     pub(crate) async fn prepare(kind: Kind, share: &Share, shm: &Shm) -> Result<Self> {
-        quiet::load_drivers()?;
-        let port = SerialPort::open(AGENT_SERIAL_PORT).context("opening the port on which clones are woken")?;
+        devices::load_drivers()?;
+        let mut port = SerialPort::open(AGENT_SERIAL_PORT).context("opening the port on which clones are woken")?;
         quiet::boot_has_ended().await;
         quiet::halt_services().await?;
         // A user's service that looks around would wait for it.
@@ -57,6 +59,7 @@ impl Template {
             share.mount_ahead().context("mounting the shared directory ahead")?;
         }
         shm.mount(0).context("mounting the pod's /dev/shm ahead")?;
+        plug_card(&mut port).await.context("finding the clones' network card")?;
         Ok(Self { kind, port })
     }
 
@@ -68,8 +71,6 @@ impl Template {
         let Self { kind, mut port } = self;
         let template = identity::Ids::read().context("reading the template's ids")?;
         let ready = TemplateReady {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            protocol: PROTOCOL,
             boot_id: template.boot_id.to_vec(),
             machine_id: template.machine_id.to_vec(),
             ..Default::default()
@@ -82,7 +83,7 @@ impl Template {
         let others = containers.set_others_aside();
         send(&mut port, &ready.write_to_bytes()?)
             .await
-            .context("saying that the guest is quiet")?;
+            .context("saying that the guest may be saved")?;
 
         let told = receive(&mut port).await.context("being woken")?;
         let told = Awakening::parse_from_bytes(&told).context("reading who the machine is")?;
@@ -90,7 +91,12 @@ impl Template {
         identity::renew(&template, &told)?;
         let renewed = begin.elapsed();
         quiet::unmark()?;
-        quiet::find_new_devices()?;
+        if told.plugged {
+            devices::find_new()?;
+        }
+        if !told.card {
+            devices::stop_card()?;
+        }
         tracing::debug!(?renewed, awake = ?begin.elapsed(), "the guest is a machine of its own");
         tokio::spawn(async move {
             tokio::time::sleep(LATER).await;
@@ -106,6 +112,18 @@ impl Template {
             sandbox: told.sandbox.into_option(),
         })
     }
+}
+
+/// Says that the guest is quiet, and finds the network card that the host then plugs in. Before, its services would have tried to use it.
+async fn plug_card(port: &mut SerialPort) -> Result<()> {
+    let quiet = TemplateQuiet {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        protocol: PROTOCOL,
+        ..Default::default()
+    };
+    send(port, &quiet.write_to_bytes()?).await?;
+    TemplatePlugged::parse_from_bytes(&receive(port).await?)?;
+    devices::find_card()
 }
 
 /// What a clone is told about its ways to the host, and what it is to do before it greets.

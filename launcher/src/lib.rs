@@ -24,6 +24,7 @@ pub mod disk;
 pub mod forward;
 pub mod guest;
 pub mod loopback;
+pub mod mac;
 pub mod machine;
 pub mod mountinfo;
 pub mod netdev;

@@ -15,11 +15,12 @@ use std::{
 };
 
 use coreos_kvm_proto::agent::{ConfigureNetworkRequest, Interface, Route};
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::{Handle, LinkUnspec, packet_core::ErrorMessage, packet_route::tc::TcHandle};
 
 use crate::{
     forward,
+    mac::Mac,
     machine::{Network, PortRedirect},
     qemu::devices::{USER_MAC, USER_MTU},
 };
@@ -72,8 +73,8 @@ pub struct Tap {
     pub descriptor: OwnedFd,
     /// An open /dev/vhost-net, where there is one: packets then bypass QEMU.
     pub vhost: Option<OwnedFd>,
-    /// Of the guest's interface: that of the pod's, so that neighbours need not learn anew. aa:bb:cc:dd:ee:ff
-    pub mac: String,
+    /// Of the guest's interface: that of the pod's, so that neighbours need not learn anew.
+    pub mac: Mac,
     pub mtu: u32,
 }
 
@@ -103,7 +104,7 @@ pub async fn attach(netns: &Path, redirects: &[PortRedirect]) -> Result<Attached
                     .open("/dev/vhost-net")
                     .ok()
                     .map(OwnedFd::from),
-                mac: link.mac.clone(),
+                mac: link.mac,
                 mtu: link.mtu,
             });
         }
@@ -115,13 +116,30 @@ pub async fn attach(netns: &Path, redirects: &[PortRedirect]) -> Result<Attached
     .await
 }
 
+/// A tap device that leads nowhere: nobody else is in its network namespace, which is there as long as it.
+///
+/// # Errors
+/// When the kernel lacks tap devices, or the right to make namespaces is missing.
+pub async fn unconnected() -> Result<OwnedFd, NetdevError> {
+    const NAME: &str = "tap0";
+    on_own_thread(|| {
+        let made = unshare(CloneFlags::CLONE_NEWNET).map_err(io::Error::from);
+        made.and_then(|()| tap::create(NAME))
+            .map_err(|source| NetdevError::Tap {
+                name: NAME.to_owned(),
+                source,
+            })
+    })
+    .await
+}
+
 /// What the guest is told of QEMU's own network. It could ask by DHCP as well, but the answer is known.
 pub fn user_configuration() -> ConfigureNetworkRequest {
     let name = "eth0".to_owned();
     ConfigureNetworkRequest {
         interfaces: vec![Interface {
             name: name.clone(),
-            mac: USER_MAC.to_owned(),
+            mac: USER_MAC.to_string(),
             mtu: USER_MTU,
             addresses: vec![format!("{}/{}", forward::GUEST, forward::PREFIX_LENGTH)],
             ..Default::default()
@@ -227,7 +245,7 @@ fn is_absent(error: &rtnetlink::Error) -> bool {
     matches!(-code.get(), libc::ENOENT | libc::EINVAL | libc::ENODEV)
 }
 
-/// Runs `work` with a netlink connection into the network namespace, on a thread of its own: namespaces are the thread's.
+/// Runs `work` with a netlink connection into the network namespace.
 async fn inside<T, W, F>(netns: &Path, work: W) -> Result<T, NetdevError>
 where
     T: Send + 'static,
@@ -235,8 +253,7 @@ where
     F: Future<Output = Result<T, NetdevError>>,
 {
     let path = netns.to_owned();
-    let (answer, answered) = tokio::sync::oneshot::channel();
-    let run = move || {
+    on_own_thread(move || {
         let namespace = |source| NetdevError::Namespace {
             path: path.clone(),
             source,
@@ -254,10 +271,18 @@ where
             connection.abort();
             result
         })
-    };
+    })
+    .await
+}
+
+/// Namespaces are the thread's.
+async fn on_own_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, NetdevError> + Send + 'static,
+) -> Result<T, NetdevError> {
+    let (answer, answered) = tokio::sync::oneshot::channel();
     std::thread::Builder::new()
         .name("netns".to_owned())
-        .spawn(move || answer.send(run()))
+        .spawn(move || answer.send(work()))
         .map_err(|_| NetdevError::Thread)?;
     answered.await.map_err(|_| NetdevError::Thread)?
 }

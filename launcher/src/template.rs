@@ -2,12 +2,14 @@
 //!
 //! - [`Key`]: everything that shapes a guest; what differs in anything is another template
 //! - [`Store`]: the folder of all templates, one folder each, in which only whole ones stand
+//! - [`card`]: the network card that a template and its clones have
 //! - [`memory`]: a guest's memory as it is kept, and how a clone gets its copy
 //! - [`mode`]: in which way a clone comes to its memory
 //! - [`resident`]: such a memory in this node's, for clones that share it
 //!
 //! A template holds what its guest had in memory, so that only root may read it.
 
+pub mod card;
 mod key;
 pub mod memory;
 pub mod mode;
@@ -112,6 +114,9 @@ pub struct Manifest {
     /// Where in memory the template's own ids are, in bytes from its beginning: a clone has other ones there.
     pub boot_id_at: Vec<u64>,
     pub machine_id_at: Vec<u64>,
+    /// Where in memory its network card's address is.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub card_at: Vec<u64>,
 }
 
 impl Manifest {

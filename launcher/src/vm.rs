@@ -33,6 +33,7 @@ mod clone;
 mod error;
 mod pause;
 mod plan;
+mod port;
 mod remains;
 mod resize;
 mod save;

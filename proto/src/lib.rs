@@ -13,7 +13,7 @@ pub mod mux;
 pub use generated::{agent, agent_ttrpc};
 
 /// Number of this protocol. It grows whenever host and agent of different numbers could misunderstand each other.
-pub const PROTOCOL: u32 = 6;
+pub const PROTOCOL: u32 = 7;
 
 /// vsock port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -30,8 +30,8 @@ pub const READY_PORT_ARGUMENT: &str = "coreos_kvm.ready_port";
 /// Kernel argument of a machine that is to be saved as a template: `coreos_kvm.template=1`. Its clones have it too, for they
 /// have its memory.
 pub const TEMPLATE_ARGUMENT: &str = "coreos_kvm.template";
-/// Name of a virtio-serial port of templates and their clones: the agent says there that it may be saved (`TemplateReady`), and is told
-/// there who it is when it wakes up (`Awakening`). After that, in a clone without vsock, all connections are on it: [`mux`].
+/// Name of a virtio-serial port of templates and their clones: the agent says there that it is quiet and may be saved (`TemplateQuiet`,
+/// `TemplateReady`), and is told there who it is when it wakes up (`Awakening`). After that, in a clone without vsock, all connections are on it: [`mux`].
 pub const AGENT_SERIAL_PORT: &str = "coreos-kvm.agent";
 /// Name of another one: in a clone without virtiofs it carries the FUSE requests of the share's mount to the host, and the replies
 /// back, one after the other as linux/fuse.h has them.

@@ -16,13 +16,16 @@ use rtnetlink::{
 };
 
 use super::NetdevError;
-use crate::machine::{PortProtocol, PortRedirect};
+use crate::{
+    mac::Mac,
+    machine::{PortProtocol, PortRedirect},
+};
 
 /// One Ethernet interface that is up.
 pub(super) struct Link {
     pub index: u32,
     pub name: String,
-    pub mac: String,
+    pub mac: Mac,
     pub mtu: u32,
     addresses: Vec<String>,
 }
@@ -45,7 +48,7 @@ impl Observed {
     pub(super) fn configuration(self, redirects: &[PortRedirect]) -> agent::ConfigureNetworkRequest {
         let interface = |link: Link| agent::Interface {
             name: link.name,
-            mac: link.mac,
+            mac: link.mac.to_string(),
             mtu: link.mtu,
             addresses: link.addresses,
             ..Default::default()
@@ -103,7 +106,7 @@ async fn links(handle: &Handle) -> Result<Vec<Link>, NetdevError> {
         let mut link = Link {
             index: header.index,
             name: String::new(),
-            mac: String::new(),
+            mac: Mac([0; 6]),
             mtu: 1500,
             addresses: Vec::new(),
         };
@@ -111,7 +114,7 @@ async fn links(handle: &Handle) -> Result<Vec<Link>, NetdevError> {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
-                LinkAttribute::Address(bytes) => link.mac = mac(&bytes),
+                LinkAttribute::Address(bytes) => link.mac = Mac::try_from(bytes.as_slice()).unwrap_or(link.mac),
                 _ => {}
             }
         }
@@ -234,7 +237,11 @@ async fn neighbours(handle: &Handle, names: &HashMap<u32, &str>) -> Result<Vec<a
             match attribute {
                 NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => neighbour.address = ip.to_string(),
                 NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => neighbour.address = ip.to_string(),
-                NeighbourAttribute::LinkLayerAddress(address) => neighbour.mac = mac(address.as_ref()),
+                NeighbourAttribute::LinkLayerAddress(address) => {
+                    neighbour.mac = Mac::try_from(address.as_ref())
+                        .map(|mac| mac.to_string())
+                        .unwrap_or_default();
+                }
                 _ => {}
             }
         }
@@ -251,12 +258,4 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
         RouteAddress::Inet6(ip) => Some((*ip).into()),
         _ => None,
     }
-}
-
-fn mac(bytes: &[u8]) -> String {
-    bytes
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect::<Vec<_>>()
-        .join(":")
 }

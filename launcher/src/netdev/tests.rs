@@ -113,8 +113,8 @@ async fn the_guest_takes_over_what_cni_made() {
     let said = attached.configuration;
     assert_eq!(attached.taps.len(), 1);
     assert_eq!(
-        (attached.taps[0].mac.as_str(), attached.taps[0].mtu),
-        ("02:00:00:00:00:02", 1450)
+        (attached.taps[0].mac, attached.taps[0].mtu),
+        (Mac([2, 0, 0, 0, 0, 2]), 1450)
     );
     assert_eq!(said.interfaces.len(), 1);
     assert_eq!(said.interfaces[0].name, "eth0");

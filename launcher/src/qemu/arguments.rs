@@ -10,7 +10,7 @@ use coreos_kvm_proto::{
     AGENT_DISK_SERIAL, AGENT_SERIAL_PORT, READY_PORT_ARGUMENT, SHARE_SERIAL_PORT, TEMPLATE_ARGUMENT,
 };
 
-use super::devices::{self, Connections, Device, SLOT};
+use super::devices::{self, Connections};
 use crate::{
     accel::{Acceleration, Host},
     disk::{DATA_DISK_SERIAL, Storage},
@@ -62,7 +62,7 @@ pub struct Descriptors {
     /// QEMU's ends of the connections of its monitor and of the guest's serial console.
     pub qmp: RawFd,
     pub console: RawFd,
-    /// What a template does not have, and its clones are given when they have been restored.
+    /// What a template does not have.
     pub connections: Connections,
 }
 
@@ -116,14 +116,21 @@ pub fn arguments(machine: &Machine, host: &Host, descriptors: &Descriptors) -> V
     boot(&mut line, machine, host, descriptors);
     disks(&mut line, machine, descriptors);
     console(&mut line, descriptors);
-    devices::backends(&mut line, machine, &descriptors.connections);
+    let connections = &descriptors.connections;
+    devices::backends(&mut line, machine, connections);
     match descriptors.start {
         Start::Boot { .. } => {
-            for device in devices::connected(machine, &descriptors.connections) {
+            for device in devices::connected(machine, connections) {
                 line.add("device", device.to_string());
             }
         }
-        Start::Template { ports, .. } | Start::Clone { ports, .. } => late(&mut line, ports),
+        Start::Template { ports, .. } => late(&mut line, ports),
+        Start::Clone { ports, .. } => {
+            late(&mut line, ports);
+            if let Some(card) = devices::card(connections) {
+                line.add("device", card.to_string());
+            }
+        }
     }
     line.0.into_iter().map(OsString::from).collect()
 }
@@ -359,12 +366,7 @@ fn late(line: &mut Line, ports: Ports) {
             format!("virtserialport,bus=ports.0,nr={number},chardev={port},name={name}"),
         );
     }
-    // Without a power switch, which would be off as long as nobody turns it on.
-    let slot = Device::new("pcie-root-port")
-        .with("id", SLOT)
-        .with("chassis", 1)
-        .with("power_controller_present", false);
-    line.add("device", slot.to_string());
+    devices::slots(line);
 }
 
 fn own_file(descriptor: RawFd) -> String {
@@ -379,6 +381,7 @@ mod tests {
     use crate::{
         disk::Disk,
         guest::DiskFormat,
+        mac::Mac,
         machine::{Configuration, Growth, tests::machine},
         size::Size,
     };
@@ -443,10 +446,10 @@ mod tests {
             kernel_args: ["systemd.log_level=debug", "panic=5"].map(str::to_owned).to_vec(),
             ..machine()
         };
-        let tap = |descriptor, vhost, mac: &str| Tap {
+        let tap = |descriptor, vhost, last| Tap {
             descriptor,
             vhost,
-            mac: mac.to_owned(),
+            mac: Mac([2, 0, 0, 0, 0, last]),
             mtu: 1450,
         };
         let descriptors = Descriptors {
@@ -455,10 +458,7 @@ mod tests {
                     descriptor: 17,
                     cid: 4711,
                 }),
-                taps: vec![
-                    tap(20, Some(21), "02:00:00:00:00:01"),
-                    tap(22, None, "02:00:00:00:00:02"),
-                ],
+                taps: vec![tap(20, Some(21), 1), tap(22, None, 2)],
                 ..descriptors().connections
             },
             ..descriptors()
@@ -571,6 +571,10 @@ mod tests {
                 memory: 12,
                 mode: CloneMode::Copy,
                 ports: Ports { agent: 32, share: 33 },
+            },
+            connections: Connections {
+                taps: vec![Tap::of_template(19)],
+                ..descriptors().connections
             },
             ..descriptors()
         };

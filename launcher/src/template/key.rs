@@ -12,7 +12,7 @@ use crate::{
     machine::Machine,
     qemu::{
         arguments::{self, Descriptors, Ignition, Ports, Start},
-        devices::Connections,
+        devices::{self, Connections},
         program::Version,
     },
 };
@@ -65,11 +65,17 @@ impl Key {
             data_disk: None,
             qmp: 0,
             console: 0,
-            connections: Connections::default(),
+            connections: Connections {
+                taps: vec![devices::Tap::of_template(0)],
+                ..Connections::default()
+            },
         };
         for argument in arguments::arguments(machine, host, &descriptors) {
             add("argument", argument.as_encoded_bytes());
         }
+        // It is plugged in later.
+        let card = devices::card(&descriptors.connections);
+        add("card", card.map(|card| card.to_string()).unwrap_or_default().as_bytes());
         let guest = &machine.guest;
         for file in [qemu.0, &guest.kernel, &guest.initramfs, &guest.root, agent_disk] {
             add("file", identity(file)?.as_bytes());

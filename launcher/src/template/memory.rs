@@ -9,6 +9,9 @@ use std::{
 
 use rustix::fs::SeekFrom;
 
+/// What a clone has in place of what its template had: where in memory, in bytes from its beginning, and what.
+pub type Change = (u64, Vec<u8>);
+
 /// Bytes of a page of the guest: what is kept or left out.
 const PAGE: usize = 4096;
 /// Longest run, in pages, and with it the most that is read at once: 1 MiB.
@@ -16,7 +19,7 @@ const RUN_MAX: usize = 256;
 const CHUNK: usize = RUN_MAX * PAGE;
 /// Bytes of an id that a clone has another one of.
 pub const ID: usize = 16;
-/// An id occurs some dozen times, in the kernel and in each service that asked for it. A guest could have any number of them.
+/// A mark occurs some dozen times, in the kernel and in each service that asked for it. A guest could have any number of them.
 const PLACES_MAX: usize = 1024;
 
 /// Pages that follow each other, in memory and in the file.
@@ -135,21 +138,21 @@ pub fn is_damage(error: &io::Error) -> bool {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Saved {
     pub map: Map,
-    /// For each id that was looked for: where it is, in bytes from the memory's beginning.
+    /// For each mark that was looked for: where it is, in bytes from the memory's beginning.
     pub places: Vec<Vec<u64>>,
 }
 
-/// Writes the pages of `memory` that are not zero to `out`, and looks for `ids` on the way. Nobody may write to the memory
-/// meanwhile.
+/// Writes the pages of `memory` that are not zero to `out`, and looks on the way for `marks`, of [`ID`] bytes at most, which a clone has
+/// others of. Nobody may write to the memory meanwhile.
 ///
 /// # Errors
-/// Of reading and writing, and when an id is all over the memory.
-pub fn save(memory: &File, size: u64, out: &mut impl Write, ids: &[[u8; ID]]) -> io::Result<Saved> {
+/// Of reading and writing, and when a mark is all over the memory.
+pub fn save(memory: &File, size: u64, out: &mut impl Write, marks: &[&[u8]]) -> io::Result<Saved> {
     let mut saved = Saved {
         map: Map::default(),
-        places: vec![Vec::new(); ids.len()],
+        places: vec![Vec::new(); marks.len()],
     };
-    // Before each chunk the end of the one before, where an id may begin.
+    // Before each chunk the end of the one before, where a mark may begin.
     let mut buffer = vec![0; ID + CHUNK];
     let mut at = 0;
     while let Some(next) = next_data(memory, at)? {
@@ -163,8 +166,8 @@ pub fn save(memory: &File, size: u64, out: &mut impl Write, ids: &[[u8; ID]]) ->
         if filled != overlap + length {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        for (id, places) in ids.iter().zip(&mut saved.places) {
-            look_for(id, &buffer[..filled], at - overlap as u64, places)?;
+        for (mark, places) in marks.iter().zip(&mut saved.places) {
+            look_for(mark, &buffer[..filled], at - overlap as u64, places)?;
         }
         keep(&buffer[overlap..filled], at / PAGE as u64, &mut saved.map, out)?;
         at += length as u64;
@@ -181,8 +184,8 @@ fn next_data(memory: &File, at: u64) -> io::Result<Option<u64>> {
     }
 }
 
-fn look_for(id: &[u8; ID], bytes: &[u8], begin: u64, places: &mut Vec<u64>) -> io::Result<()> {
-    for found in memchr::memmem::find_iter(bytes, id) {
+fn look_for(mark: &[u8], bytes: &[u8], begin: u64, places: &mut Vec<u64>) -> io::Result<()> {
+    for found in memchr::memmem::find_iter(bytes, mark) {
         let place = begin + found as u64;
         // One in the overlap was found before.
         if places.last().is_none_or(|last| *last < place) {
@@ -190,7 +193,7 @@ fn look_for(id: &[u8; ID], bytes: &[u8], begin: u64, places: &mut Vec<u64>) -> i
         }
         if places.len() > PLACES_MAX {
             return Err(io::Error::other(format!(
-                "the guest has its id in more than {PLACES_MAX} places, which no guest has that was booted in good faith"
+                "the guest has one of its ids in more than {PLACES_MAX} places, which no guest has that was booted in good faith"
             )));
         }
     }
@@ -227,19 +230,16 @@ pub struct Filler {
     map: Map,
     data: File,
     memory: File,
-    /// What the clone has in place of what its template had.
-    changes: Vec<(u64, [u8; ID])>,
     buffer: Vec<u8>,
 }
 
 impl Filler {
     /// For `memory`, which is as large as the template's, and zero.
-    pub fn new(map: Map, data: File, memory: File, changes: Vec<(u64, [u8; ID])>) -> Self {
+    pub fn new(map: Map, data: File, memory: File) -> Self {
         Self {
             map,
             data,
             memory,
-            changes,
             buffer: vec![0; CHUNK],
         }
     }
@@ -252,12 +252,18 @@ impl Filler {
         let memory = &self.memory;
         self.map.each_by(&self.data, &mut self.buffer, |place, content| {
             memory.write_all_at(content, place)
-        })?;
-        for (place, id) in &self.changes {
-            memory.write_all_at(id, *place)?;
-        }
-        Ok(())
+        })
     }
+}
+
+/// Changes a clone's own memory.
+///
+/// # Errors
+/// Of writing.
+pub fn change(memory: &File, changes: &[Change]) -> io::Result<()> {
+    changes
+        .iter()
+        .try_for_each(|(place, content)| memory.write_all_at(content, *place))
 }
 
 #[cfg(test)]
@@ -289,7 +295,7 @@ mod tests {
 
     fn saved() -> (Saved, File) {
         let mut data = tempfile::tempfile().unwrap();
-        let saved = save(&memory(), SIZE, &mut data, &[ID_A, [9; ID]]).unwrap();
+        let saved = save(&memory(), SIZE, &mut data, &[&ID_A, &[9; 6]]).unwrap();
         (saved, data)
     }
 
@@ -302,13 +308,12 @@ mod tests {
 
         let clone = tempfile::tempfile().unwrap();
         clone.set_len(SIZE).unwrap();
-        let changes = saved.places[0]
+        Filler::new(saved.map, data, clone.try_clone().unwrap()).fill().unwrap();
+        let changes: Vec<_> = saved.places[0]
             .iter()
-            .map(|place| (*place, *b"fedcba9876543210"))
+            .map(|place| (*place, b"fedcba9876543210".to_vec()))
             .collect();
-        Filler::new(saved.map, data, clone.try_clone().unwrap(), changes)
-            .fill()
-            .unwrap();
+        change(&clone, &changes).unwrap();
         let mut expected = content(&memory());
         for place in &saved.places[0] {
             expected[*place as usize..][..ID].copy_from_slice(b"fedcba9876543210");
@@ -344,7 +349,7 @@ mod tests {
     fn an_id_that_is_everywhere_is_refused() {
         let memory = tempfile::tempfile().unwrap();
         memory.write_all_at(&ID_A.repeat(CHUNK / ID), 0).unwrap();
-        let error = save(&memory, CHUNK as u64, &mut io::sink(), &[ID_A]).unwrap_err();
+        let error = save(&memory, CHUNK as u64, &mut io::sink(), &[&ID_A]).unwrap_err();
         assert!(error.to_string().contains("more than 1024 places"), "{error}");
     }
 }

@@ -24,7 +24,7 @@ use tokio::sync::oneshot;
 
 use super::{
     Manifest, Template, TemplateError,
-    memory::{ID, is_damage},
+    memory::{Change, is_damage},
 };
 use crate::{
     process::no_process_starts,
@@ -360,7 +360,7 @@ fn fill(
 ///
 /// # Errors
 /// Of /proc/PID/mem, proc_pid_mem(5); `NotFound` when the process has not mapped all of the memory privately.
-pub fn change(process: ProcessId, memory: &File, changes: &[(u64, [u8; ID])]) -> io::Result<()> {
+pub fn change(process: ProcessId, memory: &File, changes: &[Change]) -> io::Result<()> {
     let metadata = memory.metadata()?;
     let maps = std::fs::read_to_string(format!("/proc/{}/maps", process.pid))?;
     let mapping = maps.lines().find_map(|line| mapping(line, metadata.ino()));
@@ -372,7 +372,7 @@ pub fn change(process: ProcessId, memory: &File, changes: &[(u64, [u8; ID])]) ->
     })?;
     let own = File::options().write(true).open(format!("/proc/{}/mem", process.pid))?;
     for (place, content) in changes {
-        if place.saturating_add(ID as u64) > length {
+        if place.saturating_add(content.len() as u64) > length {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         own.write_all_at(content, begin + place)?;
@@ -401,7 +401,7 @@ mod tests {
     use crate::{
         accel::Acceleration,
         process::{Confinement, Process},
-        template::memory,
+        template::memory::{self, ID},
     };
 
     const KEY: &str = "00112233445566778899aabbccddeeff";
@@ -418,7 +418,7 @@ mod tests {
         memory.set_len(SIZE).unwrap();
         memory.write_all_at(&[fill; 4096], 8192).unwrap();
         let mut data = tempfile::tempfile_in(root).unwrap();
-        let saved = memory::save(&memory, SIZE, &mut data, &[[9; ID]]).unwrap();
+        let saved = memory::save(&memory, SIZE, &mut data, &[]).unwrap();
         let manifest = Manifest {
             key: KEY.to_owned(),
             guest: "reference".to_owned(),
@@ -435,6 +435,7 @@ mod tests {
             map_crc: 0,
             boot_id_at: Vec::new(),
             machine_id_at: Vec::new(),
+            card_at: Vec::new(),
         };
         Template {
             folder: root.to_owned(),
@@ -573,7 +574,7 @@ mod tests {
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping, read below within its length.
         let mapped = unsafe { mmap(None, length, access, MapFlags::MAP_PRIVATE, &memory, 0) }.unwrap();
-        change(me, &memory, &[(8192, [5; ID]), (4096, [6; ID])]).unwrap();
+        change(me, &memory, &[(8192, vec![5; ID]), (4096, vec![6; ID])]).unwrap();
         let taken = memory.metadata().unwrap().blocks() * 512;
         assert_eq!(taken, SIZE, "all of it is there before anybody writes");
         // SAFETY: the mapping is that long.
@@ -582,6 +583,6 @@ mod tests {
         let mut there = [0; ID];
         memory.read_exact_at(&mut there, 8192).unwrap();
         assert_eq!(there, [7; ID]);
-        assert!(change(me, &memory, &[(SIZE - 1, [5; ID])]).is_err());
+        assert!(change(me, &memory, &[(SIZE - 1, vec![5; ID])]).is_err());
     }
 }

@@ -398,7 +398,7 @@ mod tests {
         memory.set_len(1 << 20).unwrap();
         memory.write_all_at(&[7; 4 * 4096], 8192).unwrap();
         let data = draft.data()?;
-        let saved = memory::save(&memory, 1 << 20, &mut &data, &[[9; memory::ID]]).unwrap();
+        let saved = memory::save(&memory, 1 << 20, &mut &data, &[]).unwrap();
         let manifest = Manifest {
             key: text.to_owned(),
             guest: "reference".to_owned(),
@@ -415,6 +415,7 @@ mod tests {
             map_crc: 0,
             boot_id_at: vec![4096],
             machine_id_at: Vec::new(),
+            card_at: Vec::new(),
         };
         let content = Content {
             map: &saved.map,

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Vm, VmError,
-    build::{self, Line, Made, Origin},
+    build::{self, CloneMemory, Line, Made, Origin},
     clock,
     clone::{self, Found},
     plan::{Plan, plan},
@@ -196,7 +196,7 @@ async fn bring_up(
         line,
         network,
         ports,
-        shared_memory,
+        memory,
         ..
     } = made;
     let Some(Line {
@@ -229,9 +229,9 @@ async fn bring_up(
     };
     watch.during(configured).await?;
     // Mostly it has been for long: its own thread does it while the guest is restored and wakes up.
-    let shared_memory = match shared_memory {
-        Some(shared) => Some(watch.during(async { Ok(shared.sealed().await?) }).await?),
-        None => None,
+    let shared_memory = match memory {
+        Some(CloneMemory::Shared(shared)) => Some(watch.during(async { Ok(shared.sealed().await?) }).await?),
+        Some(CloneMemory::Copy { .. }) | None => None,
     };
     tracing::info!(machine = %machine.id, seconds = begin.elapsed().as_secs_f64(), "the guest is up");
 

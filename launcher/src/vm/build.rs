@@ -27,6 +27,7 @@ use crate::{
     cgroup,
     config::Config,
     console::{Console, Watcher},
+    mac::Mac,
     machine::{Machine, Network},
     netdev,
     process::{Confinement, Process},
@@ -37,7 +38,7 @@ use crate::{
     },
     share_server::{self, ShareServer},
     state::{CloneMode, Helper, Record, StateDir},
-    template::{memory::Filler, resident::Resident},
+    template::{card::give_address, memory::Filler, resident::Resident},
     user,
     virtiofs::{self, VirtioFs},
     vsock::{Backend, Multiplexed, ReadyListener, VsockDevice, VsockDialer},
@@ -68,6 +69,24 @@ impl Memory {
             Self::Shared(_) => CloneMode::CopyOnWrite,
         }
     }
+
+    fn file(&self) -> &File {
+        match self {
+            Self::Copy { memory, .. } => memory,
+            Self::Shared(shared) => shared.memory(),
+        }
+    }
+}
+
+/// The same while the clone comes up.
+pub(super) enum CloneMemory {
+    Copy {
+        memory: File,
+        /// The process that fills it.
+        filling: Process,
+    },
+    /// Open as long as the clone runs.
+    Shared(Resident),
 }
 
 /// Where QEMU leaves the state of its devices, or finds it.
@@ -93,13 +112,13 @@ pub(super) struct Made {
     /// The host's ends of the ports that templates and clones have.
     pub(super) ports: Option<Ports>,
     pub(super) transfer: Transfer,
-    /// The process that fills a clone's memory.
-    pub(super) filling: Option<Process>,
     /// The ways to the guest's agent; a template has none, and a clone whose connections are on a serial port only when it is awake.
     pub(super) line: Option<Line>,
-    /// The memory that a clone shares with others, open as long as the clone runs.
-    pub(super) shared_memory: Option<Resident>,
-    /// What a clone is given when it has been restored, in this order.
+    /// A clone's.
+    pub(super) memory: Option<CloneMemory>,
+    /// The address of the first network interface.
+    pub(super) card: Option<Mac>,
+    /// What a clone is given when it has been restored, and a template when its guest has booted, in this order.
     pub(super) devices: Vec<Device>,
     pub(super) network: Option<ConfigureNetworkRequest>,
 }
@@ -147,8 +166,15 @@ pub(super) async fn make(
         Origin::Template { .. } => Connected::default(),
         Origin::Boot | Origin::Clone { .. } => connect(config, machine, &wall, mode, state, record).await?,
     };
+    let mut inherited = connected.inherited;
+    let mut connections = connected.connections;
+    let card = connections.taps.first().map(|tap| tap.mac);
+    if card.is_none() && !matches!(origin, Origin::Boot) {
+        let tap = inherited.add(netdev::unconnected().await?);
+        connections.taps.push(devices::Tap::of_template(tap));
+    }
 
-    let interfaces = connected.connections.taps.len();
+    let interfaces = connections.taps.len();
     if matches!(origin, Origin::Clone { .. }) && interfaces > CLONE_TAPS_MAX {
         return Err(VmError::NoTemplate(format!(
             "it has {interfaces} network interfaces, and a clone can have {CLONE_TAPS_MAX}"
@@ -157,10 +183,9 @@ pub(super) async fn make(
 
     let (qmp_here, qmp_there) = UnixStream::pair().map_err(VmError::io("making QEMU's control connection"))?;
     let (console_here, console_there) = UnixStream::pair().map_err(VmError::io("making the console's connection"))?;
-    let mut inherited = connected.inherited;
     let qmp = inherited.add(qmp_there);
     let console = inherited.add(console_there);
-    let (mut ports, mut shared_memory, mut transfer) = (None, None, Transfer::None);
+    let (mut ports, mut clone_memory, mut transfer) = (None, None, Transfer::None);
     let start = match origin {
         Origin::Boot => Start::Boot {
             kernel: inherited.file(&machine.guest.kernel)?,
@@ -182,20 +207,25 @@ pub(super) async fn make(
                 ports: make_ports(&mut ports, None, &mut inherited)?,
             }
         }
-        Origin::Clone { memory, state } => {
+        Origin::Clone { memory, mut state } => {
+            if let Some(card) = card
+                && !give_address(&mut state, card)
+            {
+                return Err(VmError::NoTemplate("its devices have no network card".to_owned()));
+            }
             transfer = Transfer::From(inherited.add(in_memory(&state)?));
             let mode = memory.mode();
-            let memory = match memory {
-                Memory::Copy { memory, .. } => memory,
+            let another = memory
+                .file()
+                .try_clone()
+                .map_err(VmError::io("duplicating descriptors"))?;
+            clone_memory = match memory {
+                Memory::Copy { memory, .. } => filling.map(|filling| CloneMemory::Copy { memory, filling }),
                 // By its own number others find it.
-                Memory::Shared(shared) => {
-                    let another = shared.memory().try_clone();
-                    shared_memory = Some(shared);
-                    another.map_err(VmError::io("duplicating descriptors"))?
-                }
+                Memory::Shared(shared) => Some(CloneMemory::Shared(shared)),
             };
             Start::Clone {
-                memory: inherited.add(memory),
+                memory: inherited.add(another),
                 mode,
                 ports: make_ports(&mut ports, connected.share_port, &mut inherited)?,
             }
@@ -217,12 +247,17 @@ pub(super) async fn make(
         data_disk: plan.data_disk()?.map(|disk| inherited.add(disk)),
         qmp,
         console,
-        connections: connected.connections,
+        connections,
     };
 
     let console = async_socket(console_here).map_err(VmError::io("reading the console"))?;
     let console = Console::start(console, &state.console(), watcher).map_err(VmError::io("recording the console"))?;
     let arguments = arguments::arguments(machine, &plan.host, &descriptors);
+    let devices = match &descriptors.start {
+        Start::Boot { .. } => Vec::new(),
+        Start::Template { .. } => devices::card(&descriptors.connections).into_iter().collect(),
+        Start::Clone { .. } => devices::plugged(&descriptors.connections),
+    };
     let begin = Instant::now();
     let qemu = Arc::new(Process::start(&plan.qemu, &arguments, inherited.0, wall)?);
     record.qemu = Some(qemu.id());
@@ -245,10 +280,10 @@ pub(super) async fn make(
         begin,
         ports,
         transfer,
-        filling,
         line: connected.line,
-        shared_memory,
-        devices: devices::plugged(machine, &descriptors.connections),
+        memory: clone_memory,
+        card,
+        devices,
         network: connected.network,
     })
 }

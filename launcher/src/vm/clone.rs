@@ -4,28 +4,26 @@ use std::{fs::File, io, time::Duration};
 
 use coreos_kvm_proto::{READY_PORT, SEED_LENGTH, WAKE_MAX, agent::Awakening};
 use protobuf::Message;
-use tokio::{
-    io::AsyncWriteExt,
-    time::{Instant, sleep, timeout},
-};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     VmError,
-    build::{self, Line, Made, Memory, Origin, Ports, Transfer},
+    build::{self, CloneMemory, Line, Made, Memory, Origin, Ports, Transfer},
     clock,
     plan::{Plan, plan},
-    save,
+    port, save,
 };
 use crate::{
     carriage::Carriage,
     config::{Config, Templates},
+    mac::Mac,
     machine::{Machine, Network},
     process::Process,
     sentence,
     state::{CloneMode, StateDir},
     template::{
-        Key, Store, Template, TemplateError,
-        memory::{self, Filler, ID},
+        Key, Manifest, Store, Template, TemplateError,
+        memory::{self, Change, Filler, ID},
         resident,
     },
     vsock::Multiplexed,
@@ -169,8 +167,7 @@ pub(super) fn give_up_on(store: &Store, key: &Key, error: &VmError, why: &str) {
 pub(super) struct Restore {
     key: Key,
     ids: Ids,
-    /// What is still to be changed in a memory that is shared, as soon as QEMU has mapped it.
-    changes: Vec<(u64, [u8; ID])>,
+    manifest: Manifest,
 }
 
 /// What tells one boot of one machine from all others.
@@ -191,17 +188,14 @@ impl Found {
             boot_id: random_id()?,
             machine_id: random_id()?,
         };
-        let manifest = &self.template.manifest;
-        let boot_ids = manifest.boot_id_at.iter().map(|place| (*place, ids.boot_id));
-        let machine_ids = manifest.machine_id_at.iter().map(|place| (*place, ids.machine_id));
-        let mut changes: Vec<_> = boot_ids.chain(machine_ids).collect();
         let mut template = self.template;
+        let manifest = template.manifest.clone();
         let state = std::mem::take(&mut template.state);
         let memory = match mode {
             CloneMode::Copy => {
                 let memory = build::empty_memory(machine)?;
                 let another = memory.try_clone().map_err(VmError::io("duplicating descriptors"))?;
-                let filler = Filler::new(template.map, template.data, another, std::mem::take(&mut changes));
+                let filler = Filler::new(template.map, template.data, another);
                 Memory::Copy { memory, filler }
             }
             CloneMode::CopyOnWrite => {
@@ -215,13 +209,29 @@ impl Found {
         let restore = Restore {
             key: self.key,
             ids,
-            changes,
+            manifest,
         };
         Ok((Origin::Clone { memory, state }, restore))
     }
 }
 
 impl Restore {
+    /// What is to be changed in the memory that its template had.
+    fn changes(&self, card: Option<Mac>) -> Vec<Change> {
+        let Manifest {
+            boot_id_at,
+            machine_id_at,
+            card_at,
+            ..
+        } = &self.manifest;
+        let at = |places: &[u64], own: &[u8]| -> Vec<Change> { places.iter().map(|at| (*at, own.to_vec())).collect() };
+        let mut changes = at(boot_id_at, &self.ids.boot_id);
+        changes.extend(at(machine_id_at, &self.ids.machine_id));
+        // One that is not connected is no interface of the clone's.
+        changes.extend(card.map(|mac| at(card_at, &mac.0)).into_iter().flatten());
+        changes
+    }
+
     /// Restores the guest, gives it its devices, lets it go on, and tells it who it is.
     pub(super) async fn wake(self, made: &mut Made, machine: &Machine, state_dir: &StateDir) -> Result<(), VmError> {
         let Made {
@@ -232,8 +242,8 @@ impl Restore {
             line,
             devices,
             transfer,
-            filling,
-            shared_memory,
+            memory,
+            card,
             network,
             begin,
             ..
@@ -252,12 +262,17 @@ impl Restore {
         let woken = async {
             qmp.leave_memory_out().await?;
             // What the devices have left in memory is looked at when they are restored.
-            if let Some(filling) = filling {
-                filled(filling, &self.key).await?;
-            }
-            if let Some(shared) = shared_memory {
-                shared.filled().await?;
-                resident::change(qemu.id(), shared.memory(), &self.changes).map_err(own_ids)?;
+            let changes = self.changes(*card);
+            match memory {
+                Some(CloneMemory::Copy { memory, filling }) => {
+                    filled(filling, &self.key).await?;
+                    memory::change(memory, &changes).map_err(VmError::io("changing the ids in the clone's memory"))?;
+                }
+                Some(CloneMemory::Shared(shared)) => {
+                    shared.filled().await?;
+                    resident::change(qemu.id(), shared.memory(), &changes).map_err(own_ids)?;
+                }
+                None => {}
             }
             qmp.restore_from(format!("fd:{state}")).await?;
             qmp.transferred().await?;
@@ -275,6 +290,8 @@ impl Restore {
                 serial,
                 network: network.clone().into(),
                 sandbox: machine.sandbox.clone().into(),
+                card: card.is_some(),
+                plugged: !devices.is_empty(),
                 ..Default::default()
             };
             if message.compute_size() > WAKE_MAX as u64 {
@@ -282,7 +299,7 @@ impl Restore {
                 message.network = None.into();
                 message.sandbox = None.into();
             }
-            send(&mut port, &message)
+            port::send(&mut port, &message)
                 .await
                 .map_err(VmError::io("waking the guest"))?;
             tracing::debug!(seconds = begin.elapsed().as_secs_f64(), "the clone is told who it is");
@@ -330,14 +347,6 @@ async fn filled(filling: &Process, key: &Key) -> Result<(), VmError> {
             source: failure,
         }
     }))
-}
-
-/// The length, 4 bytes, big-endian, and the message.
-async fn send(port: &mut tokio::net::UnixStream, message: &Awakening) -> io::Result<()> {
-    let message = message.write_to_bytes().map_err(io::Error::other)?;
-    let length = u32::try_from(message.len()).map_err(io::Error::other)?;
-    port.write_all(&[&length.to_be_bytes(), message.as_slice()].concat())
-        .await
 }
 
 /// A random UUID, version 4 of RFC 9562, as the kernel and systemd make theirs.

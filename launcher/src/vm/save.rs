@@ -6,16 +6,18 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use coreos_kvm_proto::{PROTOCOL, WAKE_MAX, agent::TemplateReady};
-use protobuf::Message;
-use tokio::{io::AsyncReadExt, net::UnixStream};
+use coreos_kvm_proto::{
+    PROTOCOL,
+    agent::{TemplatePlugged, TemplateQuiet, TemplateReady},
+};
+use tokio::io::AsyncReadExt;
 use tokio_util::sync::CancellationToken;
 
 use super::{
     VmError, boot,
     build::{self, Made, Origin, Transfer},
     plan::{Plan, plan},
-    remains,
+    port, remains,
 };
 use crate::{
     config::Config,
@@ -24,6 +26,7 @@ use crate::{
     state::StateDir,
     template::{
         Content, Draft, Key, Lock, Manifest, STATE_MAX, Store, Template, TemplateError,
+        card::{self, TEMPLATE_MAC},
         memory::{self, ID},
     },
 };
@@ -136,6 +139,7 @@ async fn boot_and_save(
     let another = memory.try_clone().map_err(VmError::io("duplicating descriptors"))?;
     let origin = Origin::Template { memory: another };
     let mut made = build::make(config, machine, plan, origin, (state, record), None).await?;
+    plug_card(&mut made).await?;
     let said = ready(&mut made).await?;
     let devices = save_devices(&mut made).await?;
     let seconds = made.begin.elapsed().as_secs_f64();
@@ -160,6 +164,7 @@ async fn boot_and_save(
         map_crc: 0,
         boot_id_at: Vec::new(),
         machine_id_at: Vec::new(),
+        card_at: Vec::new(),
     };
     // Some hundred megabytes go through a processor and to a disk.
     let size = machine.memory_mib << 20;
@@ -182,29 +187,45 @@ struct Said {
     machine_id: [u8; ID],
 }
 
+/// Waits until the agent says that the guest is quiet, and plugs in the network card that its clones have, too.
+async fn plug_card(made: &mut Made) -> Result<(), VmError> {
+    let Made {
+        watch,
+        qmp,
+        ports,
+        devices,
+        ..
+    } = made;
+    let port = &mut ports.as_mut().ok_or_else(no_port)?.agent;
+    let plugged = async {
+        let quiet: TemplateQuiet = port::receive(port).await.map_err(waiting())?;
+        if (quiet.protocol, quiet.version.as_str()) != (PROTOCOL, env!("CARGO_PKG_VERSION")) {
+            let version = harmless(&quiet.version);
+            return Err(VmError::NoSleep(format!(
+                "its agent has version {version} (protocol {}), but {} (protocol {PROTOCOL}) is needed: build the agent's disk anew",
+                quiet.protocol,
+                env!("CARGO_PKG_VERSION")
+            )));
+        }
+        for device in devices {
+            qmp.add_device(device).await?;
+        }
+        let told = port::send(port, &TemplatePlugged::default()).await;
+        told.map_err(VmError::io("telling the guest of its network card"))
+    };
+    watch.during(plugged).await
+}
+
 /// Waits until the agent says that the guest can be saved.
 async fn ready(made: &mut Made) -> Result<Said, VmError> {
-    let Some(ports) = &mut made.ports else {
-        return Err(VmError::NoTemplate("it has no port to say that it is ready".to_owned()));
-    };
-    let said = made.watch.during(async {
-        let no = VmError::io("waiting for the guest to be quiet");
-        receive(&mut ports.agent).await.map_err(no)
-    });
-    let said = said.await?;
-    let odd = |what: &str| VmError::NoSleep(what.to_owned());
-    let said = TemplateReady::parse_from_bytes(&said).map_err(|_| odd("it is no message of an agent"))?;
-    if (said.protocol, said.version.as_str()) != (PROTOCOL, env!("CARGO_PKG_VERSION")) {
-        let version = harmless(&said.version);
-        return Err(VmError::NoSleep(format!(
-            "its agent has version {version} (protocol {}), but {} (protocol {PROTOCOL}) is needed: build the agent's disk anew",
-            said.protocol,
-            env!("CARGO_PKG_VERSION")
-        )));
-    }
+    let port = &mut made.ports.as_mut().ok_or_else(no_port)?.agent;
+    let said = made
+        .watch
+        .during(async { port::receive(port).await.map_err(waiting()) });
+    let said: TemplateReady = said.await?;
     let id = |bytes: &[u8]| match <[u8; ID]>::try_from(bytes) {
         Ok(id) if id != [0; ID] => Ok(id),
-        _ => Err(odd("an id has 16 bytes, not all zero")),
+        _ => Err(VmError::NoSleep("an id has 16 bytes, not all zero".to_owned())),
     };
     Ok(Said {
         boot_id: id(&said.boot_id)?,
@@ -212,17 +233,12 @@ async fn ready(made: &mut Made) -> Result<Said, VmError> {
     })
 }
 
-async fn receive(port: &mut UnixStream) -> io::Result<Vec<u8>> {
-    let length = port.read_u32().await? as usize;
-    if length > WAKE_MAX {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("{length} bytes are too many"),
-        ));
-    }
-    let mut message = vec![0; length];
-    port.read_exact(&mut message).await?;
-    Ok(message)
+fn no_port() -> VmError {
+    VmError::NoTemplate("it has no port to say that it is ready".to_owned())
+}
+
+fn waiting() -> impl FnOnce(io::Error) -> VmError {
+    VmError::io("waiting for the guest to be quiet")
 }
 
 /// Halts the machine and has QEMU say the state of its devices.
@@ -275,8 +291,8 @@ fn keep(
 ) -> Result<Template, VmError> {
     let data = draft.data()?;
     let mut out = BufWriter::with_capacity(1 << 20, &data);
-    let ids = [said.boot_id, said.machine_id];
-    let saved = memory::save(memory, size, &mut out, &ids).and_then(|saved| {
+    let marks = [said.boot_id.as_slice(), &said.machine_id, &TEMPLATE_MAC.0];
+    let saved = memory::save(memory, size, &mut out, &marks).and_then(|saved| {
         io::Write::flush(&mut out)?;
         Ok(saved)
     });
@@ -286,10 +302,16 @@ fn keep(
     let manifest = Manifest {
         boot_id_at: places.next().unwrap_or_default(),
         machine_id_at: places.next().unwrap_or_default(),
+        card_at: places.next().unwrap_or_default(),
         ..manifest
     };
     if manifest.boot_id_at.is_empty() {
         return Err(VmError::NoSleep("its boot's id is nowhere in its memory".to_owned()));
+    }
+    if manifest.card_at.is_empty() || !card::has_card(state) {
+        return Err(VmError::NoSleep(
+            "its network card's address is nowhere in it".to_owned(),
+        ));
     }
     let content = Content {
         map: &saved.map,

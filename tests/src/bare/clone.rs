@@ -9,7 +9,11 @@ use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use coreos_kvm_launcher::template::{Store, Template, memory::Filler};
+use coreos_kvm_launcher::netdev;
+use coreos_kvm_launcher::template::{
+    Store, Template,
+    memory::{self, Filler},
+};
 use coreos_kvm_proto::agent::Awakening;
 use coreos_kvm_proto::mux::{Mux, Side};
 use coreos_kvm_proto::{GREETING, READY_PORT, SEED_LENGTH};
@@ -19,6 +23,7 @@ use protobuf::Message as _;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::AsyncBufReadExt as _;
+use tokio::runtime::{Builder, Runtime};
 
 use super::{Ended, Options, options, own_value};
 use crate::artifacts;
@@ -34,6 +39,8 @@ pub struct BareClone {
     arguments: Options,
     /// The state of the template's devices.
     state: Vec<u8>,
+    /// A network of which nothing is asked.
+    tap: OwnedFd,
     folder: TempDir,
 }
 
@@ -72,14 +79,14 @@ impl BareClone {
             let chardev = format!("socket,id={name},path={},server=on,wait=off", path(name));
             arguments.push(("-chardev".to_owned(), Some(chardev)));
         }
+        let tap = runtime()?.block_on(netdev::unconnected())?;
         let console = format!("file,id=console,path={}", path("console"));
         arguments.push(("-chardev".to_owned(), Some(console)));
-        // A network of which nothing is asked.
-        arguments.push(("-netdev".to_owned(), Some("hubport,id=net0,hubid=0".to_owned())));
         Ok(Self {
             program,
             arguments,
             state,
+            tap,
             folder,
         })
     }
@@ -97,7 +104,7 @@ impl BareClone {
         let deadline = begun + bound;
         let (ours, theirs) = UnixStream::pair()?;
         let [ours, theirs] = [OwnedFd::from(ours), OwnedFd::from(theirs)].map(inheritable);
-        let (ours, theirs) = (ours?, theirs?);
+        let (ours, theirs, tap) = (ours?, theirs?, inheritable(self.tap.try_clone()?)?);
         let mut server = Command::new(artifacts::program("coreos-kvm-share")?);
         server
             .arg(format!("--fd={}", theirs.as_raw_fd()))
@@ -109,8 +116,9 @@ impl BareClone {
             qemu.arg(option).args(value);
         }
         qemu.args(["-chardev", &format!("socket,id=share,fd={}", ours.as_raw_fd())]);
+        qemu.args(["-netdev", &format!("tap,id=net0,fd={}", tap.as_raw_fd())]);
         let _qemu = Ended::spawn(&mut qemu)?;
-        drop((ours, theirs));
+        drop((ours, theirs, tap));
 
         wait_until(deadline, || UnixStream::connect(path("qmp")).is_ok())?;
         let mut monitor = Monitor::open(UnixStream::connect(path("qmp"))?, deadline)?;
@@ -122,11 +130,6 @@ impl BareClone {
         monitor.tell("migrate-incoming", json!({"uri": uri}))?;
         UnixStream::connect(path("state"))?.write_all(&self.state)?;
         monitor.hear(|event| event["event"] == "MIGRATION" && event["data"]["status"] == "completed")?;
-        let interface = json!({
-            "driver": "virtio-net-pci", "netdev": "net0", "romfile": "", "disable-legacy": "on",
-            "bus": "late", "addr": "0.0", "multifunction": true,
-        });
-        monitor.tell("device_add", interface)?;
         monitor.tell("cont", json!({}))?;
         wake(&mut port)?;
         greeting(port, deadline).with_context(|| {
@@ -137,6 +140,10 @@ impl BareClone {
     }
 }
 
+fn runtime() -> Result<Runtime> {
+    Ok(Builder::new_current_thread().enable_all().build()?)
+}
+
 /// What a process that is started keeps open.
 fn inheritable(descriptor: OwnedFd) -> Result<OwnedFd> {
     fcntl(&descriptor, FcntlArg::F_SETFD(FdFlag::empty())).context("keeping a descriptor open")?;
@@ -145,7 +152,6 @@ fn inheritable(descriptor: OwnedFd) -> Result<OwnedFd> {
 
 /// Waits for the agent's greeting among the connections on its port.
 fn greeting(port: UnixStream, deadline: Instant) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let greeted = async {
         port.set_nonblocking(true)?;
         let (_mux, mut incoming, work) = Mux::new(tokio::net::UnixStream::from_std(port)?, Side::Host);
@@ -162,7 +168,7 @@ fn greeting(port: UnixStream, deadline: Instant) -> Result<()> {
         Ok(())
     };
     let left = deadline.saturating_duration_since(Instant::now());
-    runtime.block_on(async { tokio::time::timeout(left, greeted).await })?
+    runtime()?.block_on(async { tokio::time::timeout(left, greeted).await })?
 }
 
 /// The templates of the tests' nodes.
@@ -180,10 +186,10 @@ fn fill(template: Template, memory: File) -> Result<Vec<u8>> {
         ..
     } = template;
     memory.set_len(manifest.memory_mib << 20)?;
-    let boot_ids = manifest.boot_id_at.iter().map(|place| (*place, BOOT_ID));
-    let machine_ids = manifest.machine_id_at.iter().map(|place| (*place, MACHINE_ID));
-    let changes = boot_ids.chain(machine_ids).collect();
-    Filler::new(map, data, memory, changes).fill()?;
+    Filler::new(map, data, memory.try_clone()?).fill()?;
+    let boot_ids = manifest.boot_id_at.iter().map(|place| (*place, BOOT_ID.to_vec()));
+    let machine_ids = manifest.machine_id_at.iter().map(|place| (*place, MACHINE_ID.to_vec()));
+    memory::change(&memory, &boot_ids.chain(machine_ids).collect::<Vec<_>>())?;
     Ok(state)
 }
 
@@ -197,6 +203,7 @@ fn wake(port: &mut UnixStream) -> Result<()> {
         machine_id: MACHINE_ID.to_vec(),
         ready_port: READY_PORT,
         serial: true,
+        card: true,
         wall_clock_ns: i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos())?,
         ..Default::default()
     };
