@@ -8,17 +8,19 @@ use std::{
     collections::HashSet,
     fs,
     os::unix::fs::{FileExt, PermissionsExt},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use common::{Place, run};
+use common::{
+    Place,
+    clones::{LATER, assert_clone, cloneable, end, eventually, store, text, with_template},
+};
 use coreos_kvm_launcher::{
     config::{CloneModeChoice, Config, Templates},
     machine::{Growth, Machine},
-    state::{CloneMode, Origin},
-    template::Store,
+    state::Origin,
     vm::{self, Vm, VmError},
 };
 use coreos_kvm_proto::{
@@ -27,97 +29,15 @@ use coreos_kvm_proto::{
 };
 use futures::future::join_all;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use tokio::sync::Mutex;
 
 /// Clones that come up at the same time in the tests that start many.
 const AT_ONCE: usize = 4;
-/// What a guest's service may take to start that waits for the clone's containers.
-const LATER: Duration = Duration::from_secs(30);
-
-fn cloneable(place: &Place, name: &str) -> Machine {
-    Machine {
-        cloneable: true,
-        ..place.machine(name)
-    }
-}
-
-fn store(config: &Config) -> Store {
-    Store::open(&config.template_dir, config.template_space_mib << 20).unwrap()
-}
-
-/// One test makes the template that others want too.
-static MAKING: Mutex<()> = Mutex::const_new(());
-
-/// A template of the machine in the place's own folder, made once for all runs.
-async fn with_template(place: &Place, machine: &Machine) -> PathBuf {
-    let common = Config {
-        template_dir: Path::new(env!("CARGO_TARGET_TMPDIR")).join("templates"),
-        ..place.config.clone()
-    };
-    let key = vm::template_key(&common, machine).await.unwrap();
-    let all = store(&common);
-    let making = MAKING.lock().await;
-    if all.find(&key).ok().flatten().is_none() {
-        let right = all.try_lock(&key).unwrap().unwrap();
-        let never = std::future::pending();
-        vm::make_template(&common, machine, &right, never).await.unwrap();
-    }
-    drop(making);
-    store(&place.config);
-    let copied = Command::new("cp")
-        .arg("-a")
-        .arg(common.template_dir.join(key.as_str()))
-        .arg(&place.config.template_dir)
-        .status();
-    assert!(copied.unwrap().success());
-    place.config.template_dir.join(key.as_str())
-}
 
 /// Why the machine is no clone.
 fn why(vm: &Vm) -> String {
     match vm.info().record.origin {
         Some(Origin::Boot { why }) => why,
         other => panic!("the machine did not boot: {other:?}"),
-    }
-}
-
-async fn end(place: &Place, vms: Vec<Vm>, machines: &[Machine]) {
-    for vm in vms {
-        vm.shutdown(Duration::ZERO).await.unwrap();
-    }
-    for machine in machines {
-        place.assert_nothing_is_left(machine);
-    }
-}
-
-fn assert_clone(place: &Place, vm: &Vm) {
-    let origin = vm.info().record.origin;
-    let Some(Origin::Clone { mode, .. }) = origin else {
-        panic!("the machine is no clone: {origin:?}");
-    };
-    let wanted = match place.config.clone_mode {
-        CloneModeChoice::Copy => CloneMode::Copy,
-        CloneModeChoice::CopyOnWrite | CloneModeChoice::Auto => CloneMode::CopyOnWrite,
-    };
-    assert_eq!(mode, wanted);
-}
-
-async fn text(vm: &Vm, script: &str) -> String {
-    let (text, status) = run(vm.agent(), &["sh", "-c", script]).await;
-    assert_eq!(status, 0, "{script}: {text}");
-    text.trim().to_owned()
-}
-
-/// Tries again until the script says something.
-async fn eventually(vm: &Vm, script: &str) -> String {
-    let deadline = Instant::now() + LATER;
-    loop {
-        let (text, status) = run(vm.agent(), &["sh", "-c", script]).await;
-        if status == 0 && !text.trim().is_empty() {
-            return text.trim().to_owned();
-        }
-        assert!(Instant::now() < deadline, "{script}: {text}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
@@ -186,6 +106,7 @@ async fn no_two_of_twenty_clones_share_an_identity_and_all_know_the_time(#[case]
             for id in identity(vm).await {
                 assert!(all.insert(id.clone()), "{id} is not one clone's alone");
             }
+            assert_eq!(text(vm, "ls /sys/class/net").await, "lo");
             let state = eventually(vm, "systemctl is-system-running").await;
             assert_eq!(state, "running");
         }

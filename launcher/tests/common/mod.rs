@@ -54,6 +54,7 @@ pub fn script(path: &Path, text: &str) {
     assert!(status.unwrap().success());
 }
 
+pub mod clones;
 pub mod container;
 pub mod spec;
 
