@@ -16,7 +16,7 @@ use containerd_shim_protos::{
     api::Mount,
     events::task::{TaskDelete, TaskExecAdded, TaskExecStarted, TaskPaused, TaskResumed, TaskStart},
 };
-use coreos_kvm_launcher::agent::{AgentError, Processes};
+use coreos_kvm_launcher::agent::{AgentClient, AgentError, Processes};
 use oci_spec::runtime::{LinuxResources, Spec};
 use protobuf::{MessageField, well_known_types::timestamp::Timestamp};
 use tokio::time::{Instant, timeout};
@@ -26,7 +26,7 @@ use crate::{
     error::ShimError,
     events::Events,
     guestspec,
-    hypervisor::RunningMachine,
+    hypervisor::{RunningMachine, SandboxProcess},
     limits::Limits,
     pod_volumes::PodVolumes,
     podspec::Role,
@@ -45,7 +45,9 @@ pub(crate) struct Container {
     id: String,
     bundle: String,
     role: Role,
-    machine: Arc<dyn RunningMachine>,
+    sandbox: Arc<dyn SandboxProcess>,
+    /// The machine that it is in. None of a sandbox: it is the machine.
+    machine: Option<Arc<dyn RunningMachine>>,
     events: Events,
     init: Arc<Process>,
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
@@ -71,9 +73,9 @@ pub(crate) struct Wanted<'a> {
 }
 
 impl Container {
-    /// The sandbox of the pod that has the machine. It is the machine, and has no process.
+    /// The sandbox of a pod. It is the machine, and has no process in it.
     pub(crate) fn sandbox(
-        machine: Arc<dyn RunningMachine>,
+        process: Arc<dyn SandboxProcess>,
         events: Events,
         id: &str,
         bundle: &str,
@@ -81,11 +83,11 @@ impl Container {
         limits: Limits,
     ) -> Arc<Self> {
         let init = Process::new(id, "", stdio);
-        Arc::new(Self::new(machine, events, bundle, Role::Sandbox, init, limits))
+        Arc::new(Self::new(process, events, bundle, Role::Sandbox, init, limits))
     }
 
     fn new(
-        machine: Arc<dyn RunningMachine>,
+        sandbox: Arc<dyn SandboxProcess>,
         events: Events,
         bundle: &str,
         role: Role,
@@ -96,7 +98,8 @@ impl Container {
             id: init.name().container_id.to_owned(),
             bundle: bundle.to_owned(),
             role,
-            machine,
+            sandbox,
+            machine: None,
             events,
             init,
             execs: Mutex::default(),
@@ -158,7 +161,8 @@ impl Container {
             unmount(wanted.id, files);
             return Err(error);
         }
-        let mut container = Self::new(machine, events, wanted.bundle, wanted.role, init, limits);
+        let mut container = Self::new(machine.clone(), events, wanted.bundle, wanted.role, init, limits);
+        container.machine = Some(machine);
         container.files = Mutex::new(Some(files));
         let container = Arc::new(container);
         container.watch(container.init.clone());
@@ -177,17 +181,21 @@ impl Container {
         self.role
     }
 
-    /// The pid of all its processes, see [`RunningMachine::pid`].
+    pub(crate) fn is_sandbox(&self) -> bool {
+        self.role == Role::Sandbox
+    }
+
+    /// The pid of all its processes, see [`SandboxProcess::pid`].
     pub(crate) fn pid(&self) -> u32 {
-        self.machine.pid()
+        self.sandbox.pid()
     }
 
     /// How many processes are in it, at least one: also where the guest does not tell soon.
     pub(crate) async fn process_count(&self) -> usize {
-        if self.role == Role::Sandbox || !self.init.is_running() {
+        let Some(machine) = self.machine.as_ref().filter(|_| self.init.is_running()) else {
             return 1;
-        }
-        match timeout(COUNT, self.machine.agent().list_pids(&self.id)).await {
+        };
+        match timeout(COUNT, machine.agent().list_pids(&self.id)).await {
             Ok(Ok(pids)) => pids.len().clamp(1, COUNT_MAX),
             Ok(Err(error)) => {
                 tracing::debug!(container_id = self.id, %error, "the guest does not tell a container's processes");
@@ -197,8 +205,22 @@ impl Container {
         }
     }
 
-    pub(crate) fn machine(&self) -> &Arc<dyn RunningMachine> {
-        &self.machine
+    /// The machine that it is, or is in.
+    pub(crate) fn sandbox_process(&self) -> &Arc<dyn SandboxProcess> {
+        &self.sandbox
+    }
+
+    /// The agent that has its processes.
+    ///
+    /// # Errors
+    /// Of a sandbox, which has none.
+    pub(crate) fn agent(&self) -> Result<&AgentClient, ShimError> {
+        let machine = self.machine.as_ref().ok_or_else(|| {
+            ShimError::Unimplemented(
+                "a sandbox has no processes: `coreos-kvm exec` runs commands in the guest itself".to_owned(),
+            )
+        })?;
+        Ok(machine.agent())
     }
 
     pub(crate) fn created_at(&self) -> Timestamp {
@@ -222,11 +244,7 @@ impl Container {
 
     /// Prepares a further process: `spec` is the `process` object of the OCI specification (JSON).
     pub(crate) async fn exec(&self, exec_id: &str, spec: Vec<u8>, stdio: Stdio) -> Result<(), ShimError> {
-        if self.role == Role::Sandbox {
-            return Err(ShimError::Unimplemented(
-                "a sandbox has no processes: `coreos-kvm exec` runs commands in the guest itself".to_owned(),
-            ));
-        }
+        let agent = self.agent()?;
         if !self.init.is_running() {
             return Err(self.does_not_run());
         }
@@ -243,7 +261,6 @@ impl Container {
         let begin = Instant::now();
         let prepared = async {
             let stdio = process.stdio.open().await?;
-            let agent = self.machine.agent();
             // At the same time: each is a way to the guest and back.
             let (created, connections) = tokio::join!(
                 agent.create_exec(process.name(), spec, process.stdio.wanted()),
@@ -298,8 +315,8 @@ impl Container {
         if !process.is_init() && !self.init.is_running() {
             return Err(self.does_not_run());
         }
-        if self.role != Role::Sandbox {
-            self.machine.agent().start_process(process.name()).await?;
+        if let Some(machine) = &self.machine {
+            machine.agent().start_process(process.name()).await?;
         }
         process.set_running();
         tracing::debug!(
@@ -328,13 +345,13 @@ impl Container {
 
     pub(crate) async fn resize(&self, exec_id: &str, columns: u32, rows: u32) -> Result<(), ShimError> {
         let process = self.process(exec_id)?;
-        Ok(self.machine.agent().resize_pty(process.name(), columns, rows).await?)
+        Ok(self.agent()?.resize_pty(process.name(), columns, rows).await?)
     }
 
     pub(crate) async fn pause(&self) -> Result<(), ShimError> {
-        match self.role {
-            Role::Sandbox => self.machine.pause().await?,
-            _ => self.machine.agent().pause_container(&self.id).await?,
+        match &self.machine {
+            None => self.sandbox.pause().await?,
+            Some(machine) => machine.agent().pause_container(&self.id).await?,
         }
         self.paused.store(true, Ordering::Relaxed);
         self.events.publish(&TaskPaused {
@@ -345,9 +362,9 @@ impl Container {
     }
 
     pub(crate) async fn resume(&self) -> Result<(), ShimError> {
-        match self.role {
-            Role::Sandbox => self.machine.resume().await?,
-            _ => self.machine.agent().resume_container(&self.id).await?,
+        match &self.machine {
+            None => self.sandbox.resume().await?,
+            Some(machine) => machine.agent().resume_container(&self.id).await?,
         }
         self.paused.store(false, Ordering::Relaxed);
         self.events.publish(&TaskResumed {
@@ -377,9 +394,9 @@ impl Container {
     /// Changes what it may use. A sandbox runs nothing that could be limited.
     pub(crate) async fn update(&self, resources: &LinuxResources) -> Result<(), ShimError> {
         let limits = self.limits().changed(resources);
-        if self.role != Role::Sandbox {
+        if let Some(machine) = &self.machine {
             let resources = guestspec::resources(resources)?;
-            self.machine.agent().update_resources(&self.id, resources).await?;
+            machine.agent().update_resources(&self.id, resources).await?;
         }
         *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
         Ok(())
@@ -422,10 +439,10 @@ impl Container {
             State::Created => {}
         }
         let mut guest_forgets = false;
-        if self.role != Role::Sandbox {
-            match self.machine.agent().delete_process(process.name()).await {
+        if let Some(machine) = &self.machine {
+            match machine.agent().delete_process(process.name()).await {
                 Ok(_) | Err(AgentError::NotFound(_)) => guest_forgets = true,
-                Err(error) if timeout(Duration::ZERO, self.machine.exited()).await.is_ok() => {
+                Err(error) if timeout(Duration::ZERO, machine.exited()).await.is_ok() => {
                     tracing::debug!(container_id = self.id, %error, "the machine has ended, and the process with it");
                 }
                 // Its end has been told. Who could not forget it would keep its pod for as long as the guest likes.
@@ -447,13 +464,13 @@ impl Container {
         }
         let files = self.files.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(mut files) = files {
-            if guest_forgets {
-                release_volumes(&*self.machine, &self.id, &mut files).await;
+            if let Some(machine) = self.machine.as_ref().filter(|_| guest_forgets) {
+                release_volumes(&**machine, &self.id, &mut files).await;
             }
             unmount(&self.id, files);
         }
         if self.role != Role::Member {
-            self.machine.shutdown(Duration::ZERO).await?;
+            self.sandbox.shutdown(Duration::ZERO).await?;
         }
         process.forget();
         Ok(exit)

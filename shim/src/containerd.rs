@@ -10,6 +10,7 @@ use containerd_client::{
     services::v1::{Container, GetContainerRequest, UpdateContainerRequest},
     tonic::Request,
 };
+use oci_spec::runtime::Spec;
 use prost_types::FieldMask;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -90,6 +91,21 @@ impl Containerd {
         const ASKING: &str = "asking containerd whose processes the container is to see";
         let metadata = self.extension(id, CONTAINER_METADATA, ASKING).await?;
         metadata.map_or(Ok(SharedProcesses::Pod), |metadata| shared_processes(&metadata))
+    }
+
+    /// The specification that containerd has of a container now: it may have changed since its bundle was made.
+    ///
+    /// # Errors
+    /// When containerd does not answer within 5 s, or what it says cannot be read.
+    pub(crate) async fn spec(&self, id: &str) -> Result<Spec, ShimError> {
+        const ASKING: &str = "asking containerd for the sandbox's specification";
+        let asked = async {
+            let client = self.client(ASKING).await?;
+            let container = self.container(&client, id, ASKING).await?;
+            let spec = container.spec.unwrap_or_default().value;
+            serde_json::from_slice(&spec).map_err(ShimError::while_doing("reading the sandbox's specification"))
+        };
+        in_time(ASKING, asked).await
     }
 
     /// Adds annotations to the specification that containerd has of a container, and shows: nothing goes by them.

@@ -27,15 +27,19 @@ pub(crate) trait Hypervisor: Send + Sync {
 }
 
 /// A machine whose agent answers.
-#[async_trait]
-pub(crate) trait RunningMachine: Send + Sync {
-    /// QEMU's process id: to containerd it is that of every process of the pod, for those inside have none on the host.
-    fn pid(&self) -> u32;
+pub(crate) trait RunningMachine: SandboxProcess {
     fn agent(&self) -> &AgentClient;
     /// What there is to say of it.
     fn info(&self) -> VmInfo;
     /// What the guest sees at `coreos_kvm_proto::SHARED_MOUNT`.
     fn share(&self) -> Share;
+}
+
+/// What containerd takes for the process of a pod's sandbox: a machine, or what stands for it until it is there.
+#[async_trait]
+pub(crate) trait SandboxProcess: Send + Sync {
+    /// QEMU's process id: to containerd it is that of every process of the pod, for those inside have none on the host.
+    fn pid(&self) -> u32;
     /// Waits for the machine's end, however it comes about.
     async fn exited(&self) -> VmExit;
     /// Ends the machine, and frees what it held.
@@ -69,12 +73,7 @@ impl Hypervisor for Qemu {
     }
 }
 
-#[async_trait]
 impl RunningMachine for Vm {
-    fn pid(&self) -> u32 {
-        Vm::pid(self)
-    }
-
     fn agent(&self) -> &AgentClient {
         Vm::agent(self)
     }
@@ -88,6 +87,13 @@ impl RunningMachine for Vm {
             points: self.mount_points_dir(),
             shared: self.shared_dir(),
         }
+    }
+}
+
+#[async_trait]
+impl SandboxProcess for Vm {
+    fn pid(&self) -> u32 {
+        Vm::pid(self)
     }
 
     async fn exited(&self) -> VmExit {

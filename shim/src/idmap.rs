@@ -12,14 +12,8 @@ use std::{
 use containerd_shim::mount::mount_rootfs;
 use containerd_shim_protos::api::Mount;
 use nix::{
-    errno::Errno,
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
-    sys::{
-        signal::{Signal, kill},
-        wait::{WaitPidFlag, waitpid},
-    },
-    unistd::Pid,
 };
 use rustix::{
     fs::CWD,
@@ -28,6 +22,7 @@ use rustix::{
 
 use crate::{
     error::ShimError,
+    idler::Idler,
     rootfs::{Attributes, set_attributes},
     userns::{IdMapping, UserNamespace},
 };
@@ -67,8 +62,8 @@ impl Mappings {
 
 /// Makes a user namespace: of a process, as there is no other way, which ends before this returns.
 fn namespace(users: UserNamespace, files: Files) -> io::Result<OwnedFd> {
-    let child = Idler::start()?;
-    let file = |name: &str| format!("/proc/{}/{name}", child.0);
+    let child = Idler::start(CloneFlags::CLONE_NEWUSER)?;
+    let file = |name: &str| format!("/proc/{}/{name}", child.pid());
     let lines = |mapping: IdMapping| match files {
         Files::Image => mapping.line(),
         Files::Served => mapping.line_served_by_root(),
@@ -76,40 +71,6 @@ fn namespace(users: UserNamespace, files: Files) -> io::Result<OwnedFd> {
     std::fs::write(file("uid_map"), lines(users.uids()))?;
     std::fs::write(file("gid_map"), lines(users.gids()))?;
     Ok(File::open(file("ns/user"))?.into())
-}
-
-/// A process in a user namespace of its own that does nothing. Dropping it ends it.
-struct Idler(Pid);
-
-impl Idler {
-    fn start() -> io::Result<Self> {
-        // Nobody is signalled at its end, so that whoever waits for this process's other children does not meet it (wait(2), "__WCLONE").
-        let flags = libc::c_long::from(libc::CLONE_NEWUSER);
-        let parent = nix::unistd::getpid().as_raw();
-        // SAFETY: clone(2) without CLONE_VM and with no stack of its own is a fork. The child calls only what signal-safety(7) allows.
-        match unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) } {
-            -1 => Err(io::Error::last_os_error()),
-            // SAFETY: prctl(2), getppid(2), _exit(2) and pause(2), of numbers alone. It ends with the thread that made it, if not before.
-            0 => unsafe {
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                if libc::getppid() != parent {
-                    libc::_exit(0);
-                }
-                loop {
-                    libc::pause();
-                }
-            },
-            pid => Ok(Self(Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?))),
-        }
-    }
-}
-
-impl Drop for Idler {
-    fn drop(&mut self) {
-        // As long as nobody has waited for it, its pid is its own.
-        let _ = kill(self.0, Signal::SIGKILL);
-        while let Err(Errno::EINTR) = waitpid(self.0, Some(WaitPidFlag::__WALL)) {}
-    }
 }
 
 /// Mounts a container's root file system as containerd describes it, its owners mapped as the options `uidmap` and `gidmap` say, and

@@ -25,6 +25,7 @@ mod facts;
 mod guestspec;
 mod heap;
 mod hypervisor;
+mod idler;
 mod idmap;
 mod info;
 mod limits;

@@ -1,8 +1,10 @@
 //! The pod: one machine and the containers in it.
 //!
 //! - [`start`]: how the machine comes to be
+//! - [`late`]: how it does when its network comes late
 //! - [`size`]: how it follows its containers' limits
 
+mod late;
 mod size;
 mod start;
 
@@ -18,6 +20,7 @@ use containerd_shim_protos::{
     events::task::{TaskCreate, TaskIO},
 };
 use coreos_kvm_launcher::agent::Processes;
+use late::LateMachine;
 use protobuf::MessageField;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -61,6 +64,8 @@ pub(crate) struct Pod {
 #[derive(Default)]
 struct Contents {
     machine: Option<Arc<dyn RunningMachine>>,
+    /// The machine that starts with the sandbox, and not with its creation.
+    late: Option<Arc<LateMachine>>,
     /// The machine whose start is on its way.
     booting: Option<bundle::Record>,
     /// None: being created.
@@ -245,6 +250,19 @@ impl Pod {
         if users.is_some() && guestspec::sees_all_processes(&spec) {
             return Err(userns::among_the_nodes_processes());
         }
+        let stdio = Stdio {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let events = self.events.clone();
+        let (id, bundle) = (&request.id, &request.bundle);
+        if role == Role::Sandbox && podspec::has_network_later(&spec) {
+            let late = Arc::new(LateMachine::new(bundle, request.options.clone())?);
+            self.contents().late = Some(late.clone());
+            return Ok(Container::sandbox(late, events, id, bundle, stdio, Limits::of(&spec)));
+        }
         let machine = match role {
             Role::Member => {
                 let machine = self.running_machine().await?;
@@ -264,28 +282,20 @@ impl Pod {
                 self.booted(&wanted, given_up).await?
             }
         };
-        let stdio = Stdio {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
-        let events = self.events.clone();
         if role == Role::Sandbox {
-            self.tell(&request.id, &machine);
-            let limits = Limits::of(&spec);
+            self.tell(id, &machine);
             return Ok(Container::sandbox(
                 machine,
                 events,
-                &request.id,
-                &request.bundle,
+                id,
+                bundle,
                 stdio,
-                limits,
+                Limits::of(&spec),
             ));
         }
         let wanted = Wanted {
-            id: &request.id,
-            bundle: &request.bundle,
+            id,
+            bundle,
             role,
             spec,
             rootfs: &request.rootfs,
@@ -326,7 +336,7 @@ impl Pod {
     fn watch(self: &Arc<Self>, sandbox: Arc<Container>) {
         let pod = self.clone();
         tokio::spawn(async move {
-            let exit = sandbox.machine().exited().await;
+            let exit = sandbox.sandbox_process().exited().await;
             if exit.orderly {
                 tracing::info!(sandbox_id = sandbox.id(), reason = exit.reason, "the machine has ended");
             } else {
@@ -357,7 +367,7 @@ impl Pod {
             let mut contents = self.contents();
             contents.containers.remove(id);
             if container.role() != Role::Member {
-                contents.machine = None;
+                (contents.machine, contents.late) = (None, None);
             }
         }
         Ok((exit, container.pid()))

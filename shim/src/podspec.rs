@@ -27,7 +27,7 @@ mod cri;
 mod oci;
 
 pub(crate) use cri::sandbox_config;
-pub(crate) use oci::{Role, role, sandbox_id};
+pub(crate) use oci::{Role, has_network_later, role, sandbox_id};
 
 /// What the root of a pod in a user namespace of its own lacks over the network, which is the guest's: ports below 1024, and echo
 /// requests (ip(7), icmp(7)). Whoever may have neither is named by the pod's own sysctls.

@@ -125,8 +125,8 @@ impl Sandbox for SandboxService {
             State::Running => READY.clone_into(&mut response.state),
             State::Stopped(exit) => response.exited_at = MessageField::some(exit.at),
         }
-        if request.verbose {
-            let info = serde_json::to_string(&Facts::of(&sandbox.machine().info()));
+        if let Some(machine) = self.pod.machine().filter(|_| request.verbose) {
+            let info = serde_json::to_string(&Facts::of(&machine.info()));
             let info = info.map_err(ShimError::while_doing("writing what there is to say of the machine"))?;
             // The name under which containerd's own sandboxes have theirs.
             response.info.insert("info".to_owned(), info);

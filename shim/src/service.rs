@@ -64,8 +64,8 @@ impl Task for Service {
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
         let container = self.pod.container(&request.id)?;
-        let pid = container.pid();
-        carried_through(async move { container.start(&request.exec_id).await }).await?;
+        let pod = self.pod.clone();
+        let pid = carried_through(async move { pod.start(&container, &request.exec_id).await }).await?;
         Ok(StartResponse {
             pid,
             ..Default::default()
@@ -201,7 +201,7 @@ impl Task for Service {
         let metrics = match container.role() {
             Role::Sandbox => metrics::of_process(container.pid())?,
             _ => {
-                let stats = container.machine().agent().stats(&request.id).await;
+                let stats = container.agent()?.stats(&request.id).await;
                 metrics::of_container(stats.map_err(ShimError::from)?)
             }
         };

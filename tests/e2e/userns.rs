@@ -34,23 +34,21 @@ pub(crate) fn handler(start: Start) -> Handler {
 }
 
 pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
+    // Mounts that show other owners came with containerd 2.0.
+    let maps_mounts = lab.version == Containerd::V2_1;
     match lab.version {
         Containerd::V1_6 => vec![lab.trial_alone(
             "this containerd does not know of user namespaces: a pod that is to be in one is not",
             unknown,
         )],
-        Containerd::V1_7 => vec![lab.trial_alone(
-            "this containerd's pods in a user namespace have their network too late, and are refused",
-            too_late,
-        )],
-        Containerd::V2_1 => vec![
+        Containerd::V1_7 | Containerd::V2_1 => vec![
             lab.trial_alone(
                 "the containers of a pod in a user namespace are, and nothing of them is left",
-                members,
+                move |lab| members(lab, maps_mounts),
             ),
             lab.trial_alone(
                 "files of a volume belong in a user namespace to whom they belong on the node, where that is asked for",
-                volumes,
+                move |lab| volumes(lab, maps_mounts),
             ),
             lab.trial_alone("what cannot be in a pod's user namespace is refused", refused),
         ],
@@ -84,17 +82,7 @@ fn unknown(lab: &mut Alone<'_>) -> Result<()> {
     expect_nothing_left(&lab.node, &before, BOUND)
 }
 
-fn too_late(lab: &mut Alone<'_>) -> Result<()> {
-    let before = lab.snapshot()?;
-    let refusal = lab
-        .cri
-        .run_pod(&Pod::new(lab.node.place(), "late").users(USERS), HANDLER);
-    let error = message(&refusal.err().context("it runs")?);
-    ensure!(error.contains("take containerd 2.0 or later"), "{error}");
-    expect_nothing_left(&lab.node, &before, BOUND)
-}
-
-fn members(lab: &mut Alone<'_>) -> Result<()> {
+fn members(lab: &mut Alone<'_>, maps_mounts: bool) -> Result<()> {
     let before = lab.snapshot()?;
     let pod = Pod::new(lab.node.place(), "users").users(USERS).privileged();
     let pod = OwnPod::run(lab.cri, pod, HANDLER)?;
@@ -104,6 +92,12 @@ fn members(lab: &mut Alone<'_>) -> Result<()> {
     let two = start(sleeper("two", "8333333").shared_processes().user(1000))?;
     let apart = start(sleeper("apart", "8444444").privileged())?;
 
+    let address = cri.pod_address(&pod.id)?;
+    let own = run(cri, &one, "ip -o address show dev eth0")?;
+    ensure!(
+        own.contains(&format!(" {address}/")),
+        "the pod has {address}, and the guest {own}"
+    );
     // Who they are: inside, and in the guest.
     for container in [&one, &two, &apart] {
         let map = map(cri, container)?;
@@ -135,12 +129,11 @@ fn members(lab: &mut Alone<'_>) -> Result<()> {
     ensure!(sees(&debugger, "sleep 8444444")? && !sees(&debugger, "sleep 8333333")?);
 
     // Files of the image, and what else containers have.
-    let owners = run(
-        cri,
-        &one,
-        "stat -c '%n %u:%g' / /bin/busybox /dev /dev/shm /etc/hostname",
-    )?;
+    let owners = run(cri, &one, "stat -c '%n %u:%g' / /bin/busybox /dev /dev/shm")?;
     ensure!(owners.lines().all(|line| line.ends_with(" 0:0")), "{owners}");
+    let owner = run(cri, &one, "stat -c %u:%g /etc/hostname")?;
+    let expected = if maps_mounts { "0:0" } else { "65534:65534" };
+    ensure!(owner == expected, "/etc/hostname is {owner}");
     // All in one, which says what it does until something fails.
     let script = r#"set -ex
         echo of root >/file; chown 33:44 /file; test "$(stat -c %u:%g /file)" = 33:44
@@ -209,17 +202,17 @@ fn own_terminal(lab: &Alone<'_>, container: &str, owner: u32) -> Result<()> {
     Ok(())
 }
 
-fn volumes(lab: &mut Alone<'_>) -> Result<()> {
+fn volumes(lab: &mut Alone<'_>, maps_mounts: bool) -> Result<()> {
     let before = lab.snapshot()?;
     let folder = lab.node.place().base().join("users");
     fs::create_dir_all(&folder)?;
-    let tried = owners(lab, &folder);
+    let tried = owners(lab, &folder, maps_mounts);
     fs::remove_dir_all(&folder)?;
     tried?;
     expect_nothing_left(&lab.node, &before, BOUND)
 }
 
-fn owners(lab: &Alone<'_>, folder: &Path) -> Result<()> {
+fn owners(lab: &Alone<'_>, folder: &Path, maps_mounts: bool) -> Result<()> {
     let (mapped, plain, log) = (folder.join("mapped"), folder.join("plain"), folder.join("log"));
     for path in [&mapped, &plain] {
         fs::create_dir(path)?;
@@ -233,33 +226,52 @@ fn owners(lab: &Alone<'_>, folder: &Path) -> Result<()> {
 
     let pod = OwnPod::run(lab.cri, Pod::new(lab.node.place(), "owners").users(USERS), HANDLER)?;
     let cri = lab.cri;
-    let container = sleeper("volumes", "8666666")
+    let container = sleeper("plain", "8666666")
         .users(USERS)
         .host_path(&plain, "/plain", false)
-        .host_path(&log, "/dev/termination-log", false)
-        .host_path(&mapped, "/mapped", false)
-        .owners_of(USERS);
-    let owner = |path: &Path| fs::metadata(path).map(|file| (file.uid(), file.gid()));
+        .host_path(&log, "/dev/termination-log", false);
     let id = cri.run(&pod.id, &container, &pod.pod)?;
-    ensure!(run(cri, &id, "stat -c %u:%g /mapped /mapped/of-33")? == "0:0\n33:44");
-    run(
-        cri,
-        &id,
-        "cd /mapped && echo of the container >made && chown 7:8 made && mkdir below && ln of-33 again && mv made renamed",
-    )?;
-    ensure!(owner(&mapped.join("renamed"))? == (7, 8) && owner(&mapped.join("below"))? == (0, 0));
-    ensure!(fs::read_to_string(mapped.join("renamed"))? == "of the container\n");
-    // Also what the guest's own root makes is not the node's root's.
-    let script = "for volume in /run/coreos-kvm/shared/.volumes/*; do \
-        test ! -e $volume/renamed || touch $volume/of-guest; done";
-    in_guest(&lab.node, &pod.id, &["sh", "-c", script])?;
-    ensure!(owner(&mapped.join("of-guest"))? == (USERS.first, USERS.first));
     ensure!(run(cri, &id, "stat -c %u:%g /plain /plain/of-33")? == "0:0\n65534:65534");
     run(cri, &id, "echo of the container >/plain/made && ! echo >>/plain/of-33")?;
     ensure!(owner(&plain.join("made"))? == (USERS.first, USERS.first));
     run(cri, &id, "echo last words >/dev/termination-log")?;
     ensure!(fs::read_to_string(&log)? == "last words\n");
+
+    let container = sleeper("mapped", "8666667")
+        .users(USERS)
+        .host_path(&mapped, "/mapped", false)
+        .owners_of(USERS);
+    let started = cri.run(&pod.id, &container, &pod.pod);
+    if maps_mounts {
+        mapped_owners(lab, &pod.id, &started?, &mapped)?;
+    } else {
+        let error = message(&started.err().context("it runs")?);
+        ensure!(error.contains("idmap mounts not yet supported"), "{error}");
+    }
     pod.remove()
+}
+
+fn mapped_owners(lab: &Alone<'_>, pod: &str, container: &str, folder: &Path) -> Result<()> {
+    let cri = lab.cri;
+    ensure!(run(cri, container, "stat -c %u:%g /mapped /mapped/of-33")? == "0:0\n33:44");
+    run(
+        cri,
+        container,
+        "cd /mapped && echo of the container >made && chown 7:8 made && mkdir below && ln of-33 again && mv made renamed",
+    )?;
+    ensure!(owner(&folder.join("renamed"))? == (7, 8) && owner(&folder.join("below"))? == (0, 0));
+    ensure!(fs::read_to_string(folder.join("renamed"))? == "of the container\n");
+    // Also what the guest's own root makes is not the node's root's.
+    let script = "for volume in /run/coreos-kvm/shared/.volumes/*; do \
+        test ! -e $volume/renamed || touch $volume/of-guest; done";
+    in_guest(&lab.node, pod, &["sh", "-c", script])?;
+    ensure!(owner(&folder.join("of-guest"))? == (USERS.first, USERS.first));
+    Ok(())
+}
+
+fn owner(path: &Path) -> Result<(u32, u32)> {
+    let file = fs::metadata(path)?;
+    Ok((file.uid(), file.gid()))
 }
 
 fn refused(lab: &mut Alone<'_>) -> Result<()> {
@@ -286,6 +298,10 @@ fn refused(lab: &mut Alone<'_>) -> Result<()> {
     )?;
     pod.remove()?;
 
+    let large = Pod::new(place, "large")
+        .users(USERS)
+        .annotation("coreos-kvm.io/vcpus", "many");
+    says(lab.cri.run_pod(&large, HANDLER), &["coreos-kvm.io/vcpus"])?;
     let among = Pod::new(place, "among").users(USERS).node_processes();
     says(lab.cri.run_pod(&among, HANDLER), &["remove hostPID"])?;
 

@@ -6,15 +6,14 @@ use std::{
 };
 
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
-use coreos_kvm_launcher::agent::AgentError;
+use coreos_kvm_launcher::agent::{AgentClient, AgentError};
 use protobuf::MessageField;
 use tokio::time::{Instant, timeout};
 
 use super::Container;
 use crate::{
     error::ShimError,
-    hypervisor::RunningMachine,
-    podspec::Role,
+    hypervisor::SandboxProcess,
     process::{KILLED, Process},
 };
 
@@ -37,7 +36,8 @@ impl Container {
     pub(super) fn watch(self: &Arc<Self>, process: Arc<Process>) {
         let container = self.clone();
         tokio::spawn(async move {
-            let (status, oom_killed) = container.followed(&process).await;
+            let Ok(agent) = container.agent() else { return };
+            let (status, oom_killed) = container.followed(&process, agent).await;
             if process.is_init() {
                 container.execs_stopped().await;
             }
@@ -52,11 +52,11 @@ impl Container {
         });
     }
 
-    async fn followed(&self, process: &Process) -> (u32, bool) {
+    async fn followed(&self, process: &Process, agent: &AgentClient) -> (u32, bool) {
         let mut lost_since = None;
         loop {
             let asked = Instant::now();
-            let error = match self.machine.agent().wait_process(process.name()).await {
+            let error = match agent.wait_process(process.name()).await {
                 Ok(exit) => return (exit.status, exit.oom_killed),
                 Err(error) => error,
             };
@@ -69,7 +69,7 @@ impl Container {
                 return (KILLED, false);
             }
             // Mostly the machine is ending.
-            if timeout(AGAIN, self.machine.exited()).await.is_ok() {
+            if timeout(AGAIN, self.sandbox.exited()).await.is_ok() {
                 return (KILLED, false);
             }
             let since = *lost_since.get_or_insert(asked);
@@ -86,7 +86,7 @@ impl Container {
     /// A guest whose agent is gone can be asked for nothing any more: what cannot be ended in it ends with its machine.
     async fn give_up_machine(&self, error: &AgentError) {
         tracing::error!(container_id = self.id, %error, "the machine is ended, for its agent does not answer");
-        end(&*self.machine, Duration::ZERO).await;
+        end(&*self.sandbox, Duration::ZERO).await;
     }
 
     /// A guest that leaves a killed container alone must not keep the pod for ever.
@@ -94,7 +94,7 @@ impl Container {
         if self.killed.swap(true, Ordering::Relaxed) {
             return;
         }
-        let (id, machine, stopped) = (self.id.clone(), self.machine.clone(), self.init.stopped());
+        let (id, machine, stopped) = (self.id.clone(), self.sandbox.clone(), self.init.stopped());
         tokio::spawn(async move {
             if timeout(DEATH, stopped).await.is_ok() {
                 return;
@@ -153,11 +153,11 @@ impl Container {
         if process.has_stopped() {
             return Err(ShimError::NotFound("the process has ended already".to_owned()));
         }
-        if self.role != Role::Sandbox {
+        if let Some(machine) = &self.machine {
             if process.is_init() && i32::try_from(signal) == Ok(libc::SIGKILL) {
                 self.see_it_end();
             }
-            return match self.machine.agent().signal_process(process.name(), signal, all).await {
+            return match machine.agent().signal_process(process.name(), signal, all).await {
                 Err(error) if error.is_silence() && process.is_init() && i32::try_from(signal) == Ok(libc::SIGKILL) => {
                     // Answered before it has ended: with the event of that containerd deletes the task and hangs up, and who
                     // still waited for this answer would have none.
@@ -175,9 +175,9 @@ impl Container {
             };
         }
         match i32::try_from(signal) {
-            Ok(libc::SIGKILL) => self.machine.shutdown(Duration::ZERO).await,
+            Ok(libc::SIGKILL) => self.sandbox.shutdown(Duration::ZERO).await,
             Ok(libc::SIGTERM | libc::SIGINT) => {
-                let machine = self.machine.clone();
+                let machine = self.sandbox.clone();
                 tokio::spawn(async move { end(&*machine, GRACE).await });
                 Ok(())
             }
@@ -187,7 +187,7 @@ impl Container {
 
     /// Ends the machine of this sandbox: its guest has `grace` to power off. Answers when everybody knows of it; it may have ended before.
     pub(crate) async fn end_machine(&self, grace: Duration) -> Result<(), ShimError> {
-        self.machine.shutdown(grace).await?;
+        self.sandbox.shutdown(grace).await?;
         let told = timeout(TOLD, self.init.stopped()).await;
         told.map(drop)
             .map_err(|_| ShimError::Internal("the machine has ended, and its containers' ends are not told".to_owned()))
@@ -195,7 +195,7 @@ impl Container {
 }
 
 /// Ends a machine for which nobody waits.
-async fn end(machine: &dyn RunningMachine, grace: Duration) {
+async fn end(machine: &dyn SandboxProcess, grace: Duration) {
     if let Err(error) = machine.shutdown(grace).await {
         tracing::error!(%error, "the machine could not be ended");
     }

@@ -21,7 +21,7 @@ impl Pod {
         if container.has_stopped() {
             return Err(ShimError::NotFound(format!("the container {id} has ended")));
         }
-        let machine = container.machine();
+        let machine = container.sandbox_process();
         let _alone = self.resizing.lock().await;
         let (before, wanted) = (
             self.size_with(&[]),

@@ -2,7 +2,7 @@
 //! its annotations. It is the only one where a container is a pod of its own.
 
 use coreos_kvm_launcher::machine::Network;
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
 use super::{PodSpec, own_annotations};
 use crate::{error::ShimError, limits::Limits, userns::UserNamespace};
@@ -75,29 +75,27 @@ impl PodSpec {
 }
 
 /// The network namespace that the CNI has furnished for the pod; a namespace without a path is a new and empty one.
-///
-/// A sandbox with such a one is containerd 1.7's way to a pod in a user namespace: it takes the namespace of the sandbox's process for the
-/// pod's, and has the CNI furnish it then (`internal/cri: simplify netns setup with pinned userns`, containerd's pull request 10607). That
-/// process is QEMU, in the node's own network.
 fn network(spec: &Spec) -> Result<Network, ShimError> {
-    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
-    let network = namespaces
-        .into_iter()
-        .flatten()
-        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
-    match network.map(|namespace| namespace.path()) {
+    match network_namespace(spec).map(LinuxNamespace::path) {
         Some(Some(netns)) => Ok(Network::Tap {
             netns: netns.clone(),
             redirects: Vec::new(),
         }),
-        Some(None) if role(spec) == Role::Sandbox => Err(ShimError::InvalidArgument(
-            "the pod's machine is to run before its network is there, as containerd 1.7 has it for a pod in a user namespace: \
-             take containerd 2.0 or later, or remove `hostUsers: false`"
-                .to_owned(),
-        )),
         Some(None) => Ok(Network::None),
         None => Err(super::of_the_node()),
     }
+}
+
+/// A sandbox's network namespace is to be that of its process, and the CNI furnishes it before the sandbox starts.
+pub(crate) fn has_network_later(spec: &Spec) -> bool {
+    network_namespace(spec).is_some_and(|namespace| namespace.path().is_none())
+}
+
+fn network_namespace(spec: &Spec) -> Option<&LinuxNamespace> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    namespaces
+        .iter()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)
 }
 
 #[cfg(test)]
@@ -108,14 +106,16 @@ mod tests {
     use crate::podspec::tests::spec;
 
     #[test]
-    fn a_network_that_is_there_only_later_is_refused() {
+    fn a_network_is_there_or_comes_later() {
         let mut text = serde_json::to_value(spec(json!({CONTAINER_TYPE: "sandbox"}))).unwrap();
-        text["linux"]["namespaces"] = json!([{"type": "network"}]);
-        let of_oci = |text: &serde_json::Value| PodSpec::of_oci("abc", &serde_json::from_value(text.clone()).unwrap());
-        let error = of_oci(&text).unwrap_err().to_string();
-        assert!(error.contains("containerd 2.0"), "{error}");
-        text["annotations"] = json!({});
-        assert_eq!(of_oci(&text).unwrap().network, Network::None);
+        let mut of_oci = |namespace| {
+            text["linux"]["namespaces"] = json!([namespace]);
+            let spec = serde_json::from_value(text.clone()).unwrap();
+            (has_network_later(&spec), PodSpec::of_oci("abc", &spec).unwrap().network)
+        };
+        assert_eq!(of_oci(json!({"type": "network"})), (true, Network::None));
+        let (later, network) = of_oci(json!({"type": "network", "path": "/run/netns/a"}));
+        assert!(!later && matches!(network, Network::Tap { .. }));
     }
 
     #[test]

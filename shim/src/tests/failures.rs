@@ -72,7 +72,7 @@ async fn a_container_alone_has_a_machine_of_its_own_that_ends_with_it() {
     node.guest.end("alone", "", 4);
     assert_eq!(node.events(3).await, ["create alone", "start alone", "exit alone 4"]);
     assert_eq!(node.pod.delete("alone", "").await.unwrap().0.status, 4);
-    use crate::hypervisor::RunningMachine as _;
+    use crate::hypervisor::SandboxProcess as _;
     timeout(SOON, node.machine.exited()).await.unwrap();
     assert_eq!(node.events(1).await, ["delete alone 4"]);
 }
@@ -94,7 +94,7 @@ async fn a_container_whose_creation_is_given_up_leaves_nothing() {
 
 #[tokio::test]
 async fn the_machine_of_a_container_alone_whose_creation_is_given_up_ends() {
-    use crate::hypervisor::RunningMachine as _;
+    use crate::hypervisor::SandboxProcess as _;
 
     let mut node = Node::new().await;
     node.guest.held.send_replace("create");
@@ -160,4 +160,40 @@ async fn a_kill_that_nobody_answers_is_answered_before_the_machine_has_ended_for
     let mut ended = node.events(2).await;
     ended.sort();
     assert_eq!(ended, ["exit c1 137", "exit sandbox 137"]);
+}
+
+#[tokio::test]
+async fn a_sandbox_whose_network_comes_late_holds_a_namespace_until_it_is_given_up() {
+    use containerd_shim_protos::events::task::TaskCreate;
+
+    let mut node = Node::new().await;
+    let request = node.sandbox_request();
+    let path = Path::new(&request.bundle).join("config.json");
+    let mut spec: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    spec["linux"]["namespaces"] = json!([{"type": "network"}]);
+    std::fs::write(path, spec.to_string()).unwrap();
+
+    let sandbox = node.pod.create(&request).await.unwrap();
+    let created = timeout(SOON, node.events.recv()).await.unwrap().unwrap();
+    let created = TaskCreate::parse_from_bytes(&created.event.value).unwrap();
+    assert_eq!((created.container_id.as_str(), created.pid), (SANDBOX, sandbox.pid()));
+    let holder = PathBuf::from(format!("/proc/{}", sandbox.pid()));
+    let namespace = |process: &Path| std::fs::read_link(process.join("ns/net")).unwrap();
+    assert_ne!(namespace(&holder), namespace(Path::new("/proc/self")));
+    until(|| std::fs::read_dir(holder.join("fd")).unwrap().next().is_none()).await;
+
+    let early = node.pod.create(&node.container_request("c1")).await;
+    assert!(matches!(early, Err(ShimError::FailedPrecondition(_))));
+    assert!(matches!(sandbox.pause().await, Err(ShimError::FailedPrecondition(_))));
+    // Who it is that knows the network is not there.
+    let error = node.pod.start(&sandbox, "").await.unwrap_err().to_string();
+    assert!(error.contains("without containerd"), "{error}");
+    assert!(node.described.lock().unwrap().is_none());
+
+    sandbox.kill("", 9, false).await.unwrap();
+    assert_eq!(node.events(1).await, ["exit sandbox 137"]);
+    assert!(!holder.exists());
+    assert_eq!(node.pod.delete(SANDBOX, "").await.unwrap().0.status, 137);
+    assert_eq!(node.events(1).await, ["delete sandbox 137"]);
+    node.no_more_events();
 }

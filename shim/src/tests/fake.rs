@@ -33,7 +33,7 @@ use ttrpc::r#async::{Server, TtrpcContext, transport::Listener};
 use crate::{
     bundle,
     error::ShimError,
-    hypervisor::{Hypervisor, RunningMachine},
+    hypervisor::{Hypervisor, RunningMachine, SandboxProcess},
     rootfs::Share,
 };
 
@@ -351,12 +351,7 @@ impl FakeMachine {
     }
 }
 
-#[async_trait]
 impl RunningMachine for FakeMachine {
-    fn pid(&self) -> u32 {
-        QEMU
-    }
-
     fn agent(&self) -> &AgentClient {
         &self.agent
     }
@@ -391,6 +386,13 @@ impl RunningMachine for FakeMachine {
 
     fn share(&self) -> Share {
         self.share.clone()
+    }
+}
+
+#[async_trait]
+impl SandboxProcess for FakeMachine {
+    fn pid(&self) -> u32 {
+        QEMU
     }
 
     async fn exited(&self) -> VmExit {
