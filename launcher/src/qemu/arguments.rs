@@ -40,6 +40,11 @@ const NO_BOUNCE_BUFFERS: &str = "swiotlb=noforce";
 /// that the guest sees does not say so, and the kernel would read a port of the chipset (ACPI's timer) at each change of process.
 const COUNTER_IS_CLOCK: &str = "tsc=reliable";
 
+/// Kernel argument: the kernel copies by plain moves and not by the processor's string instructions, which is faster where each of their
+/// steps is translated code. It zeroes pages slower. As with any argument of that kind it says that it is tainted (value 4,
+/// Documentation/admin-guide/tainted-kernels.rst).
+const COPIES_BY_MOVES: &str = "clearcpuid=rep_good";
+
 /// How often a machine's memory can grow: virtiofsd and vhost-device-vsock take eight pieces of memory, and at the beginning there
 /// are up to two, below and above 4 GiB.
 pub const MEMORY_SLOTS: usize = 6;
@@ -278,8 +283,11 @@ fn ignition(line: &mut Line, machine: &Machine, descriptors: &Descriptors) {
 fn kernel_arguments(machine: &Machine, host: &Host, of_the_start: String) -> String {
     // With -no-reboot a panic thus ends QEMU at once, rather than leave a dead machine that looks alive.
     let mut ours = vec!["panic=-1".to_owned(), of_the_start];
-    if host.acceleration == Acceleration::Tcg && host.processor.counter_mhz.is_some() {
-        ours.push(COUNTER_IS_CLOCK.to_owned());
+    if host.acceleration == Acceleration::Tcg {
+        ours.push(COPIES_BY_MOVES.to_owned());
+        if host.processor.counter_mhz.is_some() {
+            ours.push(COUNTER_IS_CLOCK.to_owned());
+        }
     }
     if matches!(machine.network, Network::User { .. }) {
         // dracut.cmdline(7). The agent gives the interface its address, but names are resolved by a file.
