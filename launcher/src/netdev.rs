@@ -98,12 +98,7 @@ pub async fn attach(netns: &Path, redirects: &[PortRedirect]) -> Result<Attached
             bridge(&handle, link.index, index).await?;
             taps.push(Tap {
                 descriptor,
-                vhost: File::options()
-                    .read(true)
-                    .write(true)
-                    .open("/dev/vhost-net")
-                    .ok()
-                    .map(OwnedFd::from),
+                vhost: vhost(),
                 mac: link.mac,
                 mtu: link.mtu,
             });
@@ -114,6 +109,12 @@ pub async fn attach(netns: &Path, redirects: &[PortRedirect]) -> Result<Attached
         })
     })
     .await
+}
+
+/// An open /dev/vhost-net, where there is one.
+pub fn vhost() -> Option<OwnedFd> {
+    let device = File::options().read(true).write(true).open("/dev/vhost-net");
+    device.ok().map(OwnedFd::from)
 }
 
 /// A tap device that leads nowhere: nobody else is in its network namespace, which is there as long as it.

@@ -5,9 +5,13 @@
 mod common;
 
 use std::{
+    fs::File,
     io::Read,
+    net::UdpSocket,
     path::PathBuf,
     process::{Child, Command, Stdio},
+    sync::mpsc,
+    thread::JoinHandle,
     time::Duration,
 };
 
@@ -20,6 +24,7 @@ use coreos_kvm_launcher::{
     machine::{Machine, Network},
     vm::Vm,
 };
+use nix::sched::{CloneFlags, setns};
 
 /// A network namespace, which ends with it.
 struct Namespace(Child);
@@ -38,6 +43,24 @@ impl Namespace {
 
     fn path(&self) -> PathBuf {
         format!("/proc/{}/ns/net", self.0.id()).into()
+    }
+
+    /// Sends back what comes to the address by datagrams, one of them.
+    fn echo(&self, address: &'static str) -> JoinHandle<usize> {
+        let namespace = File::open(self.path()).unwrap();
+        let (bound, is_bound) = mpsc::channel();
+        let echo = std::thread::spawn(move || {
+            setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
+            let socket = UdpSocket::bind(address).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            bound.send(()).unwrap();
+            let mut datagram = [0; 10_000];
+            let (length, sender) = socket.recv_from(&mut datagram).unwrap();
+            socket.send_to(&datagram[..length], sender).unwrap();
+            length
+        });
+        is_bound.recv().unwrap();
+        echo
     }
 
     fn run(&self, script: &str) {
@@ -80,7 +103,7 @@ fn network() -> (Namespace, Namespace) {
 #[case::copy(CloneModeChoice::Copy)]
 #[tokio::test]
 async fn a_clone_has_the_interfaces_of_its_pod_and_none_of_its_template(#[case] mode: CloneModeChoice) {
-    let (pod, _far) = network();
+    let (pod, far) = network();
     let place = Place::alone(mode).await;
     let machine = Machine {
         network: Network::Tap {
@@ -107,6 +130,12 @@ async fn a_clone_has_the_interfaces_of_its_pod_and_none_of_its_template(#[case] 
         let address = eventually(&vm, &neighbour).await;
         assert_eq!(address, format!("lladdr 02:00:00:00:0{number}:01"));
     }
+    // One packet, for whoever sends datagrams sends none in pieces that the interface takes whole.
+    let echo = far.echo("10.9.0.1:7");
+    let script = "bash -c 'exec 3<>/dev/udp/10.9.0.1/7; dd if=/dev/zero bs=8900 count=1 status=none >&3; \
+                  dd bs=10000 count=1 status=none <&3 | wc -c'";
+    assert_eq!(text(&vm, script).await, "8900");
+    assert_eq!(echo.join().unwrap(), 8900);
     end(&place, vec![vm], &[machine]).await;
 }
 

@@ -20,7 +20,6 @@ use containerd_shim_protos::{
     events::task::{TaskCreate, TaskIO},
 };
 use coreos_kvm_launcher::agent::Processes;
-use late::LateMachine;
 use protobuf::MessageField;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -32,7 +31,7 @@ use crate::{
     error::ShimError,
     events::Events,
     guestspec,
-    hypervisor::{Hypervisor, RunningMachine},
+    hypervisor::{Hypervisor, RunningMachine, SandboxProcess as _},
     limits::Limits,
     options,
     pod_volumes::PodVolumes,
@@ -42,6 +41,7 @@ use crate::{
     streams::Stdio,
     userns::{self, UserNamespace},
 };
+use late::LateMachine;
 
 /// Pause between two looks at whether containerd still has a pod that has not begun.
 const LOOK: Duration = Duration::from_secs(10);
@@ -136,6 +136,15 @@ impl Pod {
         self.contents().machine.clone()
     }
 
+    /// The pid of the machine, or of what stands for it until it is there; 0 where there is neither. It is by this that containerd knows
+    /// the sandbox's process.
+    pub(crate) fn pid(&self) -> u32 {
+        let contents = self.contents();
+        let late = contents.late.as_ref().map(|late| late.pid());
+        let machine = contents.machine.as_ref().map(|machine| machine.pid());
+        machine.or(late).unwrap_or_default()
+    }
+
     /// Creates what containerd asks for by the Task API: the machine, a container in it, or both.
     ///
     /// # Errors
@@ -189,7 +198,8 @@ impl Pod {
                 tracing::warn!(container_id = id, %error, "something is left of a container that nobody waits for");
             }
             if container.role() != Role::Member {
-                self.contents().machine = None;
+                let mut contents = self.contents();
+                (contents.machine, contents.late) = (None, None);
             }
             return Err(ShimError::Internal(
                 "containerd has given up the container's creation".to_owned(),
@@ -260,7 +270,7 @@ impl Pod {
         let (id, bundle) = (&request.id, &request.bundle);
         if role == Role::Sandbox && podspec::has_network_later(&spec) {
             let late = Arc::new(LateMachine::new(bundle, request.options.clone())?);
-            self.contents().late = Some(late.clone());
+            self.expect(&late)?;
             return Ok(Container::sandbox(late, events, id, bundle, stdio, Limits::of(&spec)));
         }
         let machine = match role {
@@ -408,15 +418,18 @@ impl Pod {
         self.closing.cancel();
         // Whoever asks for the same meanwhile is answered when it is done.
         let _alone = self.ending.lock().await;
-        let (machine, booting) = {
+        let (machine, late, booting) = {
             let mut contents = self.contents();
-            (contents.machine.clone(), contents.booting.take())
+            (contents.machine.clone(), contents.late.clone(), contents.booting.take())
         };
         let removed = match (machine, booting) {
             (Some(machine), _) => machine.shutdown(grace).await,
             (None, Some(record)) => self.hypervisor.remove(&record).await,
             (None, None) => Ok(()),
         };
+        if let Some(late) = late {
+            late.give_up().await;
+        }
         if let Err(error) = removed {
             tracing::error!(%error, "something of the machine is left");
         }

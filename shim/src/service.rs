@@ -215,7 +215,7 @@ impl Task for Service {
     async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> Answer<ConnectResponse> {
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: self.pod.machine().map_or(0, |machine| machine.pid()),
+            task_pid: self.pod.pid(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         })

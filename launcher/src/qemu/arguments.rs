@@ -40,10 +40,12 @@ const NO_BOUNCE_BUFFERS: &str = "swiotlb=noforce";
 /// that the guest sees does not say so, and the kernel would read a port of the chipset (ACPI's timer) at each change of process.
 const COUNTER_IS_CLOCK: &str = "tsc=reliable";
 
-/// Kernel argument: the kernel copies by plain moves and not by the processor's string instructions, which is faster where each of their
-/// steps is translated code. It zeroes pages slower. As with any argument of that kind it says that it is tainted (value 4,
+/// Kernel argument: features of the processor that the kernel does not use. It says that it is tainted then (value 4,
 /// Documentation/admin-guide/tainted-kernels.rst).
-const COPIES_BY_MOVES: &str = "clearcpuid=rep_good";
+const CLEARED_FEATURES: &str = "clearcpuid=";
+/// One of them: without it the kernel copies by plain moves and not by string instructions, which is faster where each of their steps is
+/// translated code. It zeroes pages slower.
+const COPIES_BY_STRINGS: &str = "rep_good";
 
 /// How often a machine's memory can grow: virtiofsd and vhost-device-vsock take eight pieces of memory, and at the beginning there
 /// are up to two, below and above 4 GiB.
@@ -67,7 +69,7 @@ pub struct Descriptors {
     /// QEMU's ends of the connections of its monitor and of the guest's serial console.
     pub qmp: RawFd,
     pub console: RawFd,
-    /// What a template does not have.
+    /// A template has but a tap that leads nowhere.
     pub connections: Connections,
 }
 
@@ -284,7 +286,11 @@ fn kernel_arguments(machine: &Machine, host: &Host, of_the_start: String) -> Str
     // With -no-reboot a panic thus ends QEMU at once, rather than leave a dead machine that looks alive.
     let mut ours = vec!["panic=-1".to_owned(), of_the_start];
     if host.acceleration == Acceleration::Tcg {
-        ours.push(COPIES_BY_MOVES.to_owned());
+        // The kernel goes by the last of such arguments alone.
+        let mut named = machine.guest.kernel_args.iter().chain(&machine.kernel_args);
+        if !named.any(|argument| argument.starts_with(CLEARED_FEATURES)) {
+            ours.push(format!("{CLEARED_FEATURES}{COPIES_BY_STRINGS}"));
+        }
         if host.processor.counter_mhz.is_some() {
             ours.push(COUNTER_IS_CLOCK.to_owned());
         }
@@ -523,6 +529,16 @@ mod tests {
     }
 
     #[test]
+    fn features_that_a_machine_has_its_kernel_leave_are_the_only_ones() {
+        let machine = Machine {
+            kernel_args: vec!["clearcpuid=avx".to_owned()],
+            ..machine()
+        };
+        let lines = lines(&machine, Acceleration::Tcg, &descriptors());
+        assert_eq!(lines.matches("clearcpuid=").count(), 1, "{lines}");
+    }
+
+    #[test]
     fn what_is_written_to_a_disk_that_stays_is_flushed() {
         let machine = Machine {
             disk: Some(Disk {
@@ -558,7 +574,7 @@ mod tests {
     }
 
     #[test]
-    fn a_template_boots_without_connections() {
+    fn a_template_boots_with_a_tap_that_leads_nowhere() {
         let descriptors = Descriptors {
             start: Start::Template {
                 kernel: 10,
@@ -566,7 +582,10 @@ mod tests {
                 memory: 12,
                 ports: Ports { agent: 32, share: 33 },
             },
-            connections: Connections::default(),
+            connections: Connections {
+                taps: vec![Tap::of_template(19, None)],
+                ..Connections::default()
+            },
             ..descriptors()
         };
         insta::assert_snapshot!(lines(&machine(), Acceleration::Tcg, &descriptors));
@@ -581,7 +600,7 @@ mod tests {
                 ports: Ports { agent: 32, share: 33 },
             },
             connections: Connections {
-                taps: vec![Tap::of_template(19)],
+                taps: vec![Tap::of_template(19, None)],
                 ..descriptors().connections
             },
             ..descriptors()

@@ -59,10 +59,10 @@ pub struct Tap {
 
 impl Tap {
     /// One of which the guest's side is a template's.
-    pub fn of_template(descriptor: RawFd) -> Self {
+    pub fn of_template(descriptor: RawFd, vhost: Option<RawFd>) -> Self {
         Self {
             descriptor,
-            vhost: None,
+            vhost,
             mac: TEMPLATE_MAC,
             mtu: USER_MTU,
         }

@@ -10,6 +10,7 @@ use crate::{
     accel::{Acceleration, Host},
     carriage::Carriage,
     machine::Machine,
+    netdev,
     qemu::{
         arguments::{self, Descriptors, Ignition, Ports, Start},
         devices::{self, Connections},
@@ -66,7 +67,8 @@ impl Key {
             qmp: 0,
             console: 0,
             connections: Connections {
-                taps: vec![devices::Tap::of_template(0)],
+                // The driver has agreed with the card on what the host's kernel can, if that serves it.
+                taps: vec![devices::Tap::of_template(0, netdev::vhost().map(|_| 0))],
                 ..Connections::default()
             },
         };

@@ -36,6 +36,7 @@ use crate::{
         devices::{self, CLONE_TAPS_MAX, Connections, Device},
         qmp::Qmp,
     },
+    sentence,
     share_server::{self, ShareServer},
     state::{CloneMode, Helper, Record, StateDir},
     template::{card::give_address, memory::Filler, resident::Resident},
@@ -170,8 +171,11 @@ pub(super) async fn make(
     let mut connections = connected.connections;
     let card = connections.taps.first().map(|tap| tap.mac);
     if card.is_none() && !matches!(origin, Origin::Boot) {
-        let tap = inherited.add(netdev::unconnected().await?);
-        connections.taps.push(devices::Tap::of_template(tap));
+        // A boot needs none.
+        let tap = netdev::unconnected().await.map_err(no_card)?;
+        let vhost = netdev::vhost().map(|vhost| inherited.add(vhost));
+        let tap = devices::Tap::of_template(inherited.add(tap), vhost);
+        connections.taps.push(tap);
     }
 
     let interfaces = connections.taps.len();
@@ -286,6 +290,10 @@ pub(super) async fn make(
         devices,
         network: connected.network,
     })
+}
+
+fn no_card(error: netdev::NetdevError) -> VmError {
+    VmError::NoTemplate(format!("it has no network card: {}", sentence(&error)))
 }
 
 /// What all of the machine's processes are behind.

@@ -266,7 +266,8 @@ impl Restore {
             match memory {
                 Some(CloneMemory::Copy { memory, filling }) => {
                     filled(filling, &self.key).await?;
-                    memory::change(memory, &changes).map_err(VmError::io("changing the ids in the clone's memory"))?;
+                    let changed = memory::change(memory, &changes);
+                    changed.map_err(|error| VmError::NoTemplate(format!("its ids cannot be written: {error}")))?;
                 }
                 Some(CloneMemory::Shared(shared)) => {
                     shared.filled().await?;

@@ -1,4 +1,5 @@
-//! Making a template: a machine without connections boots, and when its agent says that the guest is quiet, it is saved and ended.
+//! Making a template: a machine without connections boots. When its agent says that the guest is quiet, it is given the network card that
+//! its clones have; when the agent says that it may be saved, it is saved and ended.
 
 use std::{
     fs::File,
@@ -238,7 +239,7 @@ fn no_port() -> VmError {
 }
 
 fn waiting() -> impl FnOnce(io::Error) -> VmError {
-    VmError::io("waiting for the guest to be quiet")
+    VmError::io("waiting for the guest to be one that can be saved")
 }
 
 /// Halts the machine and has QEMU say the state of its devices.

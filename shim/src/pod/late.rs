@@ -64,6 +64,15 @@ impl LateMachine {
         machine.ok_or_else(|| ShimError::FailedPrecondition("the pod's machine does not run yet".to_owned()))
     }
 
+    /// Nothing is to come any more of a machine that is not there yet. Answers when nothing is left of its start either.
+    pub(super) async fn give_up(&self) {
+        if self.machine.get().is_none() {
+            self.given_up.cancel();
+        }
+        let _over = self.starting.lock().await;
+        self.let_go();
+    }
+
     /// Ends the process; the namespace stays if somebody else holds it.
     fn let_go(&self) {
         drop(self.idler.lock().unwrap_or_else(PoisonError::into_inner).take());
@@ -88,11 +97,7 @@ impl SandboxProcess for LateMachine {
     }
 
     async fn shutdown(&self, grace: Duration) -> Result<(), ShimError> {
-        if self.machine.get().is_none() {
-            self.given_up.cancel();
-        }
-        let _over = self.starting.lock().await;
-        self.let_go();
+        self.give_up().await;
         match self.machine.get() {
             Some(machine) => machine.shutdown(grace).await,
             None => Ok(()),
@@ -117,6 +122,16 @@ impl SandboxProcess for LateMachine {
 }
 
 impl Pod {
+    /// Takes it for the pod's machine.
+    pub(super) fn expect(&self, late: &Arc<LateMachine>) -> Result<(), ShimError> {
+        let mut contents = self.contents();
+        if contents.machine.is_some() || contents.late.is_some() || contents.containers.len() > 1 {
+            return Err(ShimError::AlreadyExists("the pod has a machine already".to_owned()));
+        }
+        contents.late = Some(late.clone());
+        Ok(())
+    }
+
     /// Starts a container's init, or a further process in it; answers its pid. With a sandbox starts its machine, if that is late.
     ///
     /// # Errors
@@ -153,7 +168,19 @@ impl Pod {
             bundle: late.bundle.clone(),
             config: options::config_path(late.options.as_ref())?,
         };
-        let machine = self.booted(&wanted, &late.given_up).await?;
+        let machine = match self.booted(&wanted, &late.given_up).await {
+            Ok(machine) => machine,
+            Err(error) => {
+                // A start that was given up undoes itself meanwhile.
+                let booting = self.contents().booting.take();
+                if let Some(record) = booting
+                    && let Err(error) = self.hypervisor.remove(&record).await
+                {
+                    tracing::error!(%error, "something of the machine is left");
+                }
+                return Err(error);
+            }
+        };
         self.tell(id, &machine);
         // Whoever waits for the machine's end waits for that of this one from now on.
         let _ = late.machine.set(machine);

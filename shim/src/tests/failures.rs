@@ -164,7 +164,7 @@ async fn a_kill_that_nobody_answers_is_answered_before_the_machine_has_ended_for
 
 #[tokio::test]
 async fn a_sandbox_whose_network_comes_late_holds_a_namespace_until_it_is_given_up() {
-    use containerd_shim_protos::events::task::TaskCreate;
+    use containerd_shim_protos::{api::ConnectRequest, events::task::TaskCreate};
 
     let mut node = Node::new().await;
     let request = node.sandbox_request();
@@ -177,6 +177,9 @@ async fn a_sandbox_whose_network_comes_late_holds_a_namespace_until_it_is_given_
     let created = timeout(SOON, node.events.recv()).await.unwrap().unwrap();
     let created = TaskCreate::parse_from_bytes(&created.event.value).unwrap();
     assert_eq!((created.container_id.as_str(), created.pid), (SANDBOX, sandbox.pid()));
+    let service = Service::new(node.pod.clone());
+    let connected = service.connect(&context(), ConnectRequest::default()).await.unwrap();
+    assert_eq!(connected.task_pid, sandbox.pid());
     let holder = PathBuf::from(format!("/proc/{}", sandbox.pid()));
     let namespace = |process: &Path| std::fs::read_link(process.join("ns/net")).unwrap();
     assert_ne!(namespace(&holder), namespace(Path::new("/proc/self")));

@@ -116,9 +116,14 @@ impl BareClone {
             qemu.arg(option).args(value);
         }
         qemu.args(["-chardev", &format!("socket,id=share,fd={}", ours.as_raw_fd())]);
-        qemu.args(["-netdev", &format!("tap,id=net0,fd={}", tap.as_raw_fd())]);
+        let vhost = netdev::vhost().map(inheritable).transpose()?;
+        let by_kernel = vhost
+            .as_ref()
+            .map(|vhost| format!(",vhost=on,vhostfd={}", vhost.as_raw_fd()));
+        let network = format!("tap,id=net0,fd={}{}", tap.as_raw_fd(), by_kernel.unwrap_or_default());
+        qemu.args(["-netdev", &network]);
         let _qemu = Ended::spawn(&mut qemu)?;
-        drop((ours, theirs, tap));
+        drop((ours, theirs, tap, vhost));
 
         wait_until(deadline, || UnixStream::connect(path("qmp")).is_ok())?;
         let mut monitor = Monitor::open(UnixStream::connect(path("qmp"))?, deadline)?;
