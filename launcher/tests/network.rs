@@ -98,6 +98,20 @@ fn network() -> (Namespace, Namespace) {
     (pod, far)
 }
 
+async fn clone_in(place: &Place, pod: &Namespace, name: &str) -> (Machine, Vm) {
+    let machine = Machine {
+        network: Network::Tap {
+            netns: pod.path(),
+            redirects: Vec::new(),
+        },
+        ..cloneable(place, name)
+    };
+    with_template(place, &machine).await;
+    let vm = Vm::start(&place.config, machine.clone()).await.unwrap();
+    assert_clone(place, &vm);
+    (machine, vm)
+}
+
 #[rstest::rstest]
 #[case::copy_on_write(CloneModeChoice::CopyOnWrite)]
 #[case::copy(CloneModeChoice::Copy)]
@@ -105,16 +119,7 @@ fn network() -> (Namespace, Namespace) {
 async fn a_clone_has_the_interfaces_of_its_pod_and_none_of_its_template(#[case] mode: CloneModeChoice) {
     let (pod, far) = network();
     let place = Place::alone(mode).await;
-    let machine = Machine {
-        network: Network::Tap {
-            netns: pod.path(),
-            redirects: Vec::new(),
-        },
-        ..cloneable(&place, "networked")
-    };
-    with_template(&place, &machine).await;
-    let vm = Vm::start(&place.config, machine.clone()).await.unwrap();
-    assert_clone(&place, &vm);
+    let (machine, vm) = clone_in(&place, &pod, "networked").await;
 
     assert_eq!(text(&vm, "ls -x /sys/class/net").await, "eth0  lo  net1");
     for (number, (name, mtu)) in [("eth0", 9000), ("net1", 1400)].into_iter().enumerate() {
@@ -143,20 +148,10 @@ async fn a_clone_has_the_interfaces_of_its_pod_and_none_of_its_template(#[case] 
 async fn a_clones_card_can_be_taken_from_its_driver_and_given_back() {
     let (pod, _far) = network();
     let place = Place::alone(CloneModeChoice::CopyOnWrite).await;
-    let machine = Machine {
-        network: Network::Tap {
-            netns: pod.path(),
-            redirects: Vec::new(),
-        },
-        ..cloneable(&place, "unbound")
-    };
-    with_template(&place, &machine).await;
-    let vm = Vm::start(&place.config, machine.clone()).await.unwrap();
-    assert_clone(&place, &vm);
+    let (machine, vm) = clone_in(&place, &pod, "unbound").await;
 
     let script = "cd /sys/class/net/eth0/device/driver && card=$(ls -d virtio* | head -n 1) && \
                   echo $card >unbind && test ! -e /sys/class/net/eth0 && echo $card >bind && cat /sys/class/net/eth*/address";
     assert_eq!(text(&vm, script).await, "02:00:00:00:00:02");
-    vm.shutdown(Duration::ZERO).await.unwrap();
-    place.assert_nothing_is_left(&machine);
+    end(&place, vec![vm], &[machine]).await;
 }
