@@ -37,6 +37,10 @@ pub enum NetdevError {
         #[source]
         source: io::Error,
     },
+    #[error(
+        "making a network namespace failed: that takes root, and room for one more (the sysctl user.max_net_namespaces)"
+    )]
+    NewNamespace(#[source] io::Error),
     #[error("{what} failed in the pod's network namespace")]
     Netlink {
         what: String,
@@ -124,12 +128,11 @@ pub fn vhost() -> Option<OwnedFd> {
 pub async fn unconnected() -> Result<OwnedFd, NetdevError> {
     const NAME: &str = "tap0";
     on_own_thread(|| {
-        let made = unshare(CloneFlags::CLONE_NEWNET).map_err(io::Error::from);
-        made.and_then(|()| tap::create(NAME))
-            .map_err(|source| NetdevError::Tap {
-                name: NAME.to_owned(),
-                source,
-            })
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|error| NetdevError::NewNamespace(error.into()))?;
+        tap::create(NAME).map_err(|source| NetdevError::Tap {
+            name: NAME.to_owned(),
+            source,
+        })
     })
     .await
 }
