@@ -16,7 +16,7 @@ use tokio::{
 };
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 
-use crate::{containers::Containers, forward, serial::SerialPort, streams};
+use crate::{containers::Containers, forward, output_port::OutputPort, serial::SerialPort, streams};
 
 /// Where connections are taken.
 const PORTS: [u32; 3] = [AGENT_PORT, STREAM_PORT, FORWARD_PORT];
@@ -31,6 +31,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin> Connection for T {}
 pub(crate) struct Connections {
     calls: mpsc::Sender<Box<dyn Connection>>,
     containers: Arc<Containers>,
+    output: Arc<OutputPort>,
     tasks: JoinSet<Result<()>>,
 }
 
@@ -49,6 +50,7 @@ impl Connections {
         let mut connections = Self {
             calls,
             containers,
+            output: Arc::default(),
             tasks: JoinSet::new(),
         };
         for port in PORTS {
@@ -80,6 +82,7 @@ impl Connections {
         Taker {
             calls: self.calls.clone(),
             containers: self.containers.clone(),
+            output: self.output.clone(),
         }
     }
 
@@ -105,6 +108,7 @@ async fn arrivals(mut incoming: Incoming, taker: Taker) -> Result<()> {
 struct Taker {
     calls: mpsc::Sender<Box<dyn Connection>>,
     containers: Arc<Containers>,
+    output: Arc<OutputPort>,
 }
 
 impl Taker {
@@ -113,7 +117,10 @@ impl Taker {
             // The server takes them as long as the agent lives.
             AGENT_PORT => drop(self.calls.send(Box::new(stream)).await),
             FORWARD_PORT => drop(tokio::spawn(forward::serve(stream))),
-            _ => drop(tokio::spawn(streams::serve(self.containers.clone(), stream))),
+            _ => {
+                let (containers, output) = (self.containers.clone(), self.output.clone());
+                tokio::spawn(streams::serve(containers, output, stream));
+            }
         }
     }
 

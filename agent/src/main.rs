@@ -4,7 +4,8 @@
 //! - [`containers`]: all containers, and [`process`]: one process with its streams
 //! - [`runtime`]: how processes come to be in containers, by a zygote and libcontainer
 //! - [`reaper`]: the one owner of exits
-//! - [`connections`]: the ways to the host, by vsock or by a [`serial`] port; [`streams`]: what carries stdin, stdout and stderr
+//! - [`connections`]: the ways to the host, by vsock or by a [`serial`] port; [`streams`]: what carries stdin, stdout and stderr, and
+//!   [`output_port`]: what carries much output
 //! - [`forward`]: connections to the guest's loopback
 //! - [`cgroup`], [`stats`]: the containers' cgroups and what they say; [`passwd`] and [`workdir`]: their users' homes
 //!   and the folders they start in
@@ -25,6 +26,7 @@ mod heap;
 mod identity;
 mod mounts;
 mod network;
+mod output_port;
 mod passwd;
 mod process;
 mod quiet;

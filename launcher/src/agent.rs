@@ -17,9 +17,11 @@ use ttrpc::{
 use crate::{console::harmless, vsock::VsockDialer};
 
 mod forward;
+mod output;
 mod stream;
 
-pub use stream::{Stream, StreamReader, StreamWriter};
+pub use output::{OutputPort, StreamReader};
+pub use stream::{Stream, StreamWriter};
 
 /// Calls that only look or signal.
 const SHORT: Duration = Duration::from_secs(10);
@@ -120,14 +122,17 @@ impl From<proto::WaitProcessResponse> for ProcessExit {
 /// The client. One connection, made when it is first needed and made anew when it was lost.
 pub struct AgentClient {
     dialer: VsockDialer,
+    output: Option<OutputPort>,
     // Held while dialing: whoever comes meanwhile wants the same connection.
     connection: Mutex<Option<Client>>,
 }
 
 impl AgentClient {
-    pub fn new(dialer: VsockDialer) -> Self {
+    /// Much output comes on `output`, if the machine has such a port and this is its only client.
+    pub fn new(dialer: VsockDialer, output: Option<OutputPort>) -> Self {
         Self {
             dialer,
+            output,
             connection: Mutex::new(None),
         }
     }
@@ -379,7 +384,7 @@ impl AgentClient {
     /// # Errors
     /// Of the connection.
     pub async fn stream(&self) -> io::Result<Stream> {
-        Stream::dial(&self.dialer).await
+        Stream::dial(&self.dialer, self.output.clone()).await
     }
 
     /// What the process writes to its stdout or stderr.

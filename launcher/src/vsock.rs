@@ -224,6 +224,11 @@ impl VsockDialer {
         }
     }
 
+    /// Connections are the host's kernel's, and none of another process.
+    pub fn is_of_kernel(&self) -> bool {
+        matches!(self.way, Way::Address(VsockAddress::Cid(_)))
+    }
+
     /// Connects to `port` of the guest.
     ///
     /// # Errors
@@ -259,7 +264,7 @@ async fn dial_device(path: &Path, port: u32) -> io::Result<VsockStream> {
     let dialed = tokio::spawn(async move {
         stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
         answered(&mut stream, port).await?;
-        Ok(VsockStream(Stream::Unix(stream)))
+        Ok(VsockStream::from(stream))
     });
     dialed.await.map_err(io::Error::other)?
 }
@@ -305,6 +310,12 @@ enum Stream {
     Unix(UnixStream),
     Vsock(tokio_vsock::VsockStream),
     Multiplexed(MuxStream),
+}
+
+impl From<UnixStream> for VsockStream {
+    fn from(stream: UnixStream) -> Self {
+        Self(Stream::Unix(stream))
+    }
 }
 
 impl AsyncRead for VsockStream {

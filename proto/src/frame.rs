@@ -1,5 +1,5 @@
-//! Frames on a stream connection: a length (u32, big endian) and so many bytes; a length of 0 is the end of the stream. The end travels
-//! in band because not every vsock device carries a half-closed connection.
+//! Frames on a stream connection: a length (u32, big endian) and so many bytes; a length of 0 is the end of the stream, and 2^32 - 1 that
+//! it goes on elsewhere ([`crate::output_port`]). The end travels in band because not every vsock device carries a half-closed connection.
 
 use std::io;
 
@@ -12,15 +12,31 @@ use crate::agent::StreamHello;
 const HELLO_MAX: usize = 4096;
 /// How much is read at a time, in bytes: what a pipe holds by default (pipe(7)).
 const CHUNK: usize = 64 * 1024;
+/// Length of a frame that is [`Step::Turn`].
+const TURN: u32 = u32::MAX;
 
 /// The bytes of a stream that comes in frames, as they arrive: how long a frame is says its sender, and costs its reader nothing.
 #[derive(Debug)]
 pub struct Frames<R> {
     reader: R,
     buffer: Vec<u8>,
+    /// What has arrived of the next frame's length.
+    header: [u8; HEADER],
+    header_read: usize,
     /// Bytes of the frame that have not been read.
-    rest: u64,
+    rest: u32,
     ended: bool,
+}
+
+/// What comes next in a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// [`Frames::bytes`].
+    Bytes,
+    /// The stream goes on elsewhere.
+    Turn,
+    /// Nothing follows, nor will it.
+    End,
 }
 
 impl<R: AsyncRead + Unpin> Frames<R> {
@@ -29,6 +45,8 @@ impl<R: AsyncRead + Unpin> Frames<R> {
         Self {
             reader,
             buffer: Vec::new(),
+            header: [0; HEADER],
+            header_read: 0,
             rest: 0,
             ended: false,
         }
@@ -37,25 +55,62 @@ impl<R: AsyncRead + Unpin> Frames<R> {
     /// The next bytes, at most 64 KiB of them; None at the end of the stream.
     ///
     /// # Errors
-    /// Of the connection, also when it ends without the frame that says so.
+    /// Of the connection, also when it ends without the frame that says so; `InvalidData` when the stream is to go on elsewhere.
     pub async fn next(&mut self) -> io::Result<Option<&[u8]>> {
+        match self.step().await? {
+            Step::Bytes => Ok(Some(self.bytes())),
+            Step::End => Ok(None),
+            Step::Turn => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
+    /// Reads on. Nothing is lost when it is not waited for to the end.
+    ///
+    /// # Errors
+    /// Of the connection, also when it ends without the frame that says so.
+    pub async fn step(&mut self) -> io::Result<Step> {
         if self.rest == 0 && !self.ended {
-            self.rest = self.reader.read_u32().await?.into();
+            match self.read_length().await? {
+                TURN => return Ok(Step::Turn),
+                length => self.rest = length,
+            }
             self.ended = self.rest == 0;
         }
         if self.ended {
-            return Ok(None);
+            return Ok(Step::End);
         }
         self.buffer.clear();
         self.buffer.reserve(CHUNK);
-        let mut frame = (&mut self.reader).take(self.rest.min(CHUNK as u64));
+        let mut frame = (&mut self.reader).take(u64::from(self.rest).min(CHUNK as u64));
         match frame.read_buf(&mut self.buffer).await? {
             0 => Err(io::ErrorKind::UnexpectedEof.into()),
             count => {
-                self.rest -= count as u64;
-                Ok(Some(&self.buffer))
+                // As long as `rest` at most.
+                self.rest -= count as u32;
+                Ok(Step::Bytes)
             }
         }
+    }
+
+    /// What the last step has read, at most 64 KiB.
+    pub fn bytes(&self) -> &[u8] {
+        &self.buffer
+    }
+
+    /// What the frames come from.
+    pub fn get_mut(&mut self) -> &mut R {
+        &mut self.reader
+    }
+
+    async fn read_length(&mut self) -> io::Result<u32> {
+        while self.header_read < HEADER {
+            match self.reader.read(&mut self.header[self.header_read..]).await? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                count => self.header_read += count,
+            }
+        }
+        self.header_read = 0;
+        Ok(u32::from_be_bytes(self.header))
     }
 }
 
@@ -66,11 +121,13 @@ pub const HEADER: usize = 4;
 /// out at once, without being copied.
 ///
 /// # Errors
-/// Of the connection; `InvalidInput` for a frame of 4 GiB or one that has no space for its header.
+/// Of the connection; `InvalidInput` for a frame of 4 GiB - 1 or more, or one that has no space for its header.
 pub async fn write(writer: &mut (impl AsyncWrite + Unpin), buffer: &mut [u8]) -> io::Result<()> {
     let length = buffer.len().checked_sub(HEADER);
     let length = length.and_then(|length| u32::try_from(length).ok());
-    let length = length.ok_or(io::ErrorKind::InvalidInput)?;
+    let length = length
+        .filter(|length| *length != TURN)
+        .ok_or(io::ErrorKind::InvalidInput)?;
     buffer[..HEADER].copy_from_slice(&length.to_be_bytes());
     writer.write_all(buffer).await
 }
@@ -81,6 +138,14 @@ pub async fn write(writer: &mut (impl AsyncWrite + Unpin), buffer: &mut [u8]) ->
 /// Of the connection.
 pub async fn write_end(writer: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
     write(writer, &mut [0; HEADER]).await
+}
+
+/// Writes that the stream goes on elsewhere.
+///
+/// # Errors
+/// Of the connection.
+pub async fn write_turn(writer: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+    writer.write_all(&TURN.to_be_bytes()).await
 }
 
 /// Opens a stream connection.
@@ -108,6 +173,10 @@ pub async fn read_hello(reader: &mut (impl AsyncRead + Unpin)) -> io::Result<Str
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
     use super::*;
 
     async fn read_all(bytes: &[u8]) -> io::Result<Vec<Vec<u8>>> {
@@ -125,6 +194,34 @@ mod tests {
         write(&mut wire, &mut vec![7; HEADER + CHUNK]).await.unwrap();
         write_end(&mut wire).await.unwrap();
         assert_eq!(read_all(&wire).await.unwrap(), [b"one".to_vec(), vec![7; CHUNK]]);
+    }
+
+    #[tokio::test]
+    async fn a_turn_is_told_from_bytes_and_from_the_end() {
+        let mut wire = Vec::new();
+        write(&mut wire, &mut b"\0\0\0\0one".to_vec()).await.unwrap();
+        write_turn(&mut wire).await.unwrap();
+        write_end(&mut wire).await.unwrap();
+        let mut frames = Frames::new(wire.as_slice());
+        for expected in [Step::Bytes, Step::Turn, Step::End, Step::End] {
+            assert_eq!(frames.step().await.unwrap(), expected);
+        }
+        let error = read_all(&TURN.to_be_bytes()).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[tokio::test]
+    async fn a_step_that_is_given_up_loses_nothing() {
+        let (host, mut guest) = tokio::io::duplex(64);
+        let (mut frames, mut received) = (Frames::new(host), Vec::new());
+        for byte in *b"\0\0\0\x03one" {
+            guest.write_u8(byte).await.unwrap();
+            if let Ok(step) = timeout(Duration::ZERO, frames.step()).await {
+                assert_eq!(step.unwrap(), Step::Bytes);
+                received.extend_from_slice(frames.bytes());
+            }
+        }
+        assert_eq!(received, b"one");
     }
 
     #[tokio::test]

@@ -23,11 +23,11 @@ const BOUND: Duration = Duration::from_secs(30);
 const LONG: (&str, u64) = ("COREOS_KVM_OUTPUT_MIB", 128);
 /// Of a block, in bytes, each of which begins with its number.
 const BLOCK: usize = 1 << 20;
-/// More than there can be between a process and its reader, in bytes: two pipes and two sockets, the windows of a connection, and the
-/// block that the process is at.
-const ON_ITS_WAY_MAX: u64 = 3 << 20;
-/// Of the shim's memory and of the agent's, in bytes, while the output goes through them: their buffers are 64 KiB, and the window of
-/// a connection is 256 KiB.
+/// More than there can be between a process and its reader, in bytes: two pipes and two sockets, the windows of a connection, what the guest's driver
+/// takes for the output port (128 buffers of 32 KiB), and the block that the process is at.
+const ON_ITS_WAY_MAX: u64 = 7 << 20;
+/// Of the shim's memory and of the agent's, in bytes, while the output goes through them: their buffers are 64 and 256 KiB, and the window
+/// of a connection is 256 KiB.
 const GROWTH_MAX: u64 = 1 << 20;
 /// How long a process has to stand still to be called held back.
 const STILL: Duration = Duration::from_millis(500);
@@ -209,6 +209,7 @@ fn slow_reader(lab: &mut Alone<'_>, handler: &str, mode: &str) -> Result<()> {
     ensure!(origin["mode"] == mode, "its origin is {origin}");
     long(lab, &own)?;
     ends_meanwhile(lab, &own)?;
+    two_at_once(lab, &own)?;
     if handler == COREOS_KVM {
         by_cri(lab, &own)?;
     }
@@ -284,10 +285,27 @@ fn ends_meanwhile(lab: &Alone<'_>, own: &OwnPod<'_>) -> Result<()> {
     Ok(())
 }
 
+/// One whose output nobody reads does not hold back another, nor is anything of either in the other.
+fn two_at_once(lab: &Alone<'_>, own: &OwnPod<'_>) -> Result<()> {
+    const BLOCKS: u64 = 24;
+
+    let (mut stuck, stuck_task) = Writer::start(lab, own, "stuck", BLOCKS, "exec cat $all")?;
+    stuck.take(length(BLOCKS) / 4)?;
+    stuck.is_held_back()?;
+    let (mut other, other_task) = Writer::start(lab, own, "other", BLOCKS, "exec cat $all")?;
+    other.ends_after(BLOCKS)?;
+    stuck.ends_after(BLOCKS)?;
+    for task in [stuck_task, other_task] {
+        let exit = task.ended(BOUND)?;
+        ensure!(exit == 0, "its exit code is {exit}");
+    }
+    Ok(())
+}
+
 /// A containerd that is halted does not read; its log is whole when it goes on.
 fn by_cri(lab: &Alone<'_>, own: &OwnPod<'_>) -> Result<()> {
-    /// Of 7 bytes each: more than is on its way.
-    const LINES: usize = 250_000;
+    /// Of 8 bytes each: more than is on its way.
+    const LINES: usize = 1_000_000;
 
     let container = Container::new("logs", BUSYBOX).command(&["seq", "-w", "1", &LINES.to_string()]);
     let id = lab.cri.create(&own.id, &container, &own.pod)?;
@@ -301,7 +319,7 @@ fn by_cri(lab: &Alone<'_>, own: &OwnPod<'_>) -> Result<()> {
         let lines = read_log(&container.log(&own.pod))?;
         let in_order = (1..)
             .zip(&lines)
-            .all(|(number, line)| line.text == format!("{number:06}"));
+            .all(|(number, line)| line.text == format!("{number:07}"));
         ensure!(
             lines.len() == LINES && in_order,
             "it was held back when it had written {written} bytes; its log has {} lines, in order: {in_order}",

@@ -5,65 +5,59 @@ use std::io;
 use coreos_kvm_proto::{
     STREAM_PORT,
     agent::{StreamHello, stream_hello::Kind},
-    frame::{self, Frames},
+    frame,
 };
 
-use super::ProcessName;
+use super::{
+    ProcessName,
+    output::{OutputPort, StreamReader},
+};
 use crate::vsock::{VsockDialer, VsockStream};
 
 /// A connection of which the guest has not been told yet which stream it is for.
 #[derive(Debug)]
-pub struct Stream(VsockStream);
+pub struct Stream {
+    connection: VsockStream,
+    port: Option<OutputPort>,
+}
 
 impl Stream {
-    pub(super) async fn dial(dialer: &VsockDialer) -> io::Result<Self> {
-        dialer.dial(STREAM_PORT).await.map(Self)
+    pub(super) async fn dial(dialer: &VsockDialer, port: Option<OutputPort>) -> io::Result<Self> {
+        let connection = dialer.dial(STREAM_PORT).await?;
+        Ok(Self { connection, port })
     }
 
     /// It is what the process writes to its stdout or stderr.
     ///
     /// # Errors
     /// Of the connection.
-    pub async fn output(self, name: ProcessName<'_>, stderr: bool) -> io::Result<StreamReader> {
+    pub async fn output(mut self, name: ProcessName<'_>, stderr: bool) -> io::Result<StreamReader> {
         let kind = if stderr { Kind::STDERR } else { Kind::STDOUT };
-        Ok(StreamReader(Frames::new(self.named(name, kind).await?)))
+        self.say(name, kind).await?;
+        Ok(StreamReader::new(self.connection, self.port))
     }
 
     /// It is the process's stdin.
     ///
     /// # Errors
     /// Of the connection.
-    pub async fn input(self, name: ProcessName<'_>) -> io::Result<StreamWriter> {
+    pub async fn input(mut self, name: ProcessName<'_>) -> io::Result<StreamWriter> {
+        self.say(name, Kind::STDIN).await?;
         Ok(StreamWriter {
-            stream: self.named(name, Kind::STDIN).await?,
+            stream: self.connection,
             buffer: Vec::new(),
         })
     }
 
-    async fn named(self, name: ProcessName<'_>, kind: Kind) -> io::Result<VsockStream> {
-        let Self(mut stream) = self;
+    async fn say(&mut self, name: ProcessName<'_>, kind: Kind) -> io::Result<()> {
         let hello = StreamHello {
             container_id: name.container_id.to_owned(),
             exec_id: name.exec_id.to_owned(),
             kind: kind.into(),
+            output_port: self.port.is_some(),
             ..Default::default()
         };
-        frame::write_hello(&mut stream, &hello).await?;
-        Ok(stream)
-    }
-}
-
-/// What comes from the guest.
-#[derive(Debug)]
-pub struct StreamReader(Frames<VsockStream>);
-
-impl StreamReader {
-    /// The next bytes, at most 64 KiB of them; None at the end. As long as nobody asks, the process is held back.
-    ///
-    /// # Errors
-    /// When the connection is lost before the stream's end.
-    pub async fn next(&mut self) -> io::Result<Option<&[u8]>> {
-        self.0.next().await
+        frame::write_hello(&mut self.connection, &hello).await
     }
 }
 

@@ -7,7 +7,7 @@
 use std::{ffi::OsString, os::fd::RawFd};
 
 use coreos_kvm_proto::{
-    AGENT_DISK_SERIAL, AGENT_SERIAL_PORT, READY_PORT_ARGUMENT, SHARE_SERIAL_PORT, TEMPLATE_ARGUMENT,
+    AGENT_DISK_SERIAL, AGENT_SERIAL_PORT, OUTPUT_SERIAL_PORT, READY_PORT_ARGUMENT, SHARE_SERIAL_PORT, TEMPLATE_ARGUMENT,
 };
 
 use super::devices::{self, Connections};
@@ -106,6 +106,8 @@ pub struct Ports {
     pub agent: RawFd,
     /// Of [`SHARE_SERIAL_PORT`].
     pub share: RawFd,
+    /// Of [`OUTPUT_SERIAL_PORT`].
+    pub output: RawFd,
 }
 
 /// The merged Ignition configuration, and the way on which it travels.
@@ -368,11 +370,12 @@ fn console(line: &mut Line, descriptors: &Descriptors) {
 
 /// Where a clone is woken, what it has instead of devices that share memory, and where its devices come to be.
 fn late(line: &mut Line, ports: Ports) {
-    line.add("device", "virtio-serial-pci,id=ports,max_ports=3,disable-legacy=on");
+    line.add("device", "virtio-serial-pci,id=ports,max_ports=4,disable-legacy=on");
     // The first port would be a console.
     for (number, port, name, connection) in [
         (1, "agent", AGENT_SERIAL_PORT, ports.agent),
         (2, "share", SHARE_SERIAL_PORT, ports.share),
+        (3, "output", OUTPUT_SERIAL_PORT, ports.output),
     ] {
         line.chardev(port, connection);
         line.add(

@@ -58,7 +58,11 @@ impl Key {
                 kernel: 0,
                 initramfs: 0,
                 memory: 0,
-                ports: Ports { agent: 0, share: 0 },
+                ports: Ports {
+                    agent: 0,
+                    share: 0,
+                    output: 0,
+                },
             },
             ignition: placeholder,
             root: 0,

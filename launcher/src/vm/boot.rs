@@ -203,6 +203,7 @@ async fn bring_up(
         ready,
         dialer,
         multiplexed,
+        output,
     }) = line
     else {
         return Err(VmError::NoTemplate("it has no way to its agent".to_owned()));
@@ -212,7 +213,7 @@ async fn bring_up(
         state.write(record)?;
     }
     let greeting = watch.during(async { Ok(ready.greeted().await?) }).await?;
-    let agent = Arc::new(AgentClient::new(dialer));
+    let agent = Arc::new(AgentClient::new(dialer, output));
     let configured = async {
         clock::synchronize(greeting.clock, &agent).await?;
         if let Some(network) = &network

@@ -23,6 +23,7 @@ use tokio::{net::UnixListener, time::Instant};
 
 use super::{VmError, plan::Plan, watch::Watch};
 use crate::{
+    agent::OutputPort,
     carriage::Carriage,
     cgroup,
     config::Config,
@@ -130,6 +131,8 @@ pub(super) struct Line {
     pub(super) dialer: VsockDialer,
     /// What carries them, where that is this process.
     pub(super) multiplexed: Option<Multiplexed>,
+    /// For much output, where the machine has such a port.
+    pub(super) output: Option<OutputPort>,
 }
 
 /// The host's ends of the ports that templates and clones have, kept open also when nobody needs them any more: that a port is closed
@@ -138,6 +141,8 @@ pub(super) struct Ports {
     pub(super) agent: tokio::net::UnixStream,
     /// None where a process serves it.
     pub(super) share: Option<UnixStream>,
+    /// None once somebody reads it.
+    pub(super) output: Option<tokio::net::UnixStream>,
 }
 
 /// Makes everything. `record` names each thing before it is made.
@@ -392,6 +397,7 @@ async fn connect(
         ready: ReadyListener::bind(&vsock.address, wall.uid)?,
         dialer: vsock.dialer(),
         multiplexed: None,
+        output: None,
     };
 
     connected.helpers.push(("virtiofsd", virtiofs.process));
@@ -451,6 +457,7 @@ fn make_ports(
 ) -> Result<arguments::Ports, VmError> {
     let make = || {
         let (ours, agent) = UnixStream::pair()?;
+        let (output_ours, output) = UnixStream::pair()?;
         let (kept, share) = match share {
             Some(share) => (None, share),
             None => UnixStream::pair().map(|(ours, theirs)| (Some(ours), theirs.into()))?,
@@ -458,10 +465,12 @@ fn make_ports(
         *here = Some(Ports {
             agent: async_socket(ours)?,
             share: kept,
+            output: Some(async_socket(output_ours)?),
         });
         Ok(arguments::Ports {
             agent: inherited.add(agent),
             share: inherited.add(share),
+            output: inherited.add(output),
         })
     };
     make().map_err(VmError::io("making the connections of the guest's serial ports"))

@@ -14,6 +14,7 @@ use super::{
     port, save,
 };
 use crate::{
+    agent::OutputPort,
     carriage::Carriage,
     config::{Config, Templates},
     mac::Mac,
@@ -248,9 +249,14 @@ impl Restore {
             begin,
             ..
         } = made;
-        let (Some(Ports { agent: mut port, share }), Transfer::From(state)) = (ports.take(), transfer) else {
+        let (Some(taken), Transfer::From(state)) = (ports.take(), transfer) else {
             return Err(VmError::NoTemplate("it has no port to be woken on".to_owned()));
         };
+        let Ports {
+            agent: mut port,
+            share,
+            output,
+        } = taken;
         let ready_port = match line {
             Some(line) => line
                 .ready
@@ -307,15 +313,32 @@ impl Restore {
             Ok(())
         };
         watch.during(woken).await?;
-        if serial {
-            let (multiplexed, ready) = Multiplexed::start(port, state_dir.path())?;
-            *line = Some(Line {
-                ready,
-                dialer: multiplexed.dialer(),
-                multiplexed: Some(multiplexed),
-            });
-        } else {
-            *ports = Some(Ports { agent: port, share });
+        match line {
+            // The port goes through QEMU, which is no way to be faster than that.
+            Some(line) if line.dialer.is_of_kernel() => {
+                *ports = Some(Ports {
+                    agent: port,
+                    share,
+                    output,
+                });
+            }
+            Some(line) => {
+                line.output = output.map(OutputPort::new);
+                *ports = Some(Ports {
+                    agent: port,
+                    share,
+                    output: None,
+                });
+            }
+            None => {
+                let (multiplexed, ready) = Multiplexed::start(port, state_dir.path())?;
+                *line = Some(Line {
+                    ready,
+                    dialer: multiplexed.dialer(),
+                    multiplexed: Some(multiplexed),
+                    output: output.map(OutputPort::new),
+                });
+            }
         }
         Ok(())
     }

@@ -312,7 +312,7 @@ impl FakeMachine {
         let shared = root.join("shared");
         std::fs::create_dir(&shared).unwrap();
         Arc::new(Self {
-            agent: AgentClient::new(VsockDialer::new(VsockAddress::Socket(socket))),
+            agent: AgentClient::new(VsockDialer::new(VsockAddress::Socket(socket)), None),
             share: Share {
                 points: shared.clone(),
                 shared,

@@ -45,7 +45,7 @@ impl Exec {
         let Some(address) = record.vsock else {
             bail!("the machine {} is still starting", self.machine)
         };
-        let agent = AgentClient::new(VsockDialer::new(address));
+        let agent = AgentClient::new(VsockDialer::new(address), None);
 
         // Two commands of one process id never run at the same time, but may after one another.
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

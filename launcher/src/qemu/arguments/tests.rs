@@ -189,7 +189,11 @@ fn a_template_boots_with_a_tap_that_leads_nowhere() {
             kernel: 10,
             initramfs: 11,
             memory: 12,
-            ports: Ports { agent: 32, share: 33 },
+            ports: Ports {
+                agent: 32,
+                share: 33,
+                output: 34,
+            },
         },
         connections: Connections {
             taps: vec![Tap::of_template(19, None)],
@@ -206,7 +210,11 @@ fn a_clone_has_the_devices_of_its_template_and_waits_for_its_state() {
         start: Start::Clone {
             memory: 12,
             mode: CloneMode::Copy,
-            ports: Ports { agent: 32, share: 33 },
+            ports: Ports {
+                agent: 32,
+                share: 33,
+                output: 34,
+            },
         },
         connections: Connections {
             taps: vec![Tap::of_template(19, None)],
@@ -224,7 +232,11 @@ fn a_clone_that_shares_memory_maps_it_for_itself() {
             start: Start::Clone {
                 memory: 12,
                 mode,
-                ports: Ports { agent: 32, share: 33 },
+                ports: Ports {
+                    agent: 32,
+                    share: 33,
+                    output: 34,
+                },
             },
             connections: Connections::default(),
             ..descriptors()
