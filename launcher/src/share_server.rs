@@ -18,6 +18,10 @@ use crate::{
 /// The name of the program, and of the key in the configuration.
 pub const PROGRAM: &str = "coreos-kvm-share";
 
+/// Name of folders that nobody on the host changes, each in a folder of the shared directory: of what is in them the guest's kernel keeps
+/// what it has seen.
+pub const OWN: &str = "rootfs";
+
 /// The share cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ShareError {
@@ -58,6 +62,7 @@ impl ShareServer {
         let arguments = [
             format!("--fd={}", connection.as_raw_fd()),
             format!("--shared-dir={}", shared.display()),
+            format!("--own={OWN}"),
         ];
         let process = Process::start(&program, &arguments.map(Into::into), vec![connection], confinement)?;
         Ok(Self {

@@ -11,14 +11,16 @@
 //! - [`confinement`]: the process's namespaces, root directory, system calls and capabilities;
 //! - [`connection`]: requests and replies on the socket;
 //! - [`share`]: the file system as the guest sees it;
-//! - [`inode_numbers`]: which number a file has in the guest.
+//! - [`inode_numbers`]: which number a file has in the guest;
+//! - [`nodes`]: what is known of the files that the guest remembers.
 
 mod confinement;
 mod connection;
 mod inode_numbers;
+mod nodes;
 mod share;
 
-use std::{os::fd::RawFd, process::ExitCode};
+use std::{ffi::CString, os::fd::RawFd, process::ExitCode};
 
 use anyhow::Context;
 use clap::Parser;
@@ -36,6 +38,9 @@ struct Arguments {
     /// The directory that is served
     #[arg(long)]
     shared_dir: String,
+    /// Name of folders that nobody but the guest changes, each in a folder of the directory: the guest remembers what it has seen in them
+    #[arg(long, value_name = "NAME")]
+    own: Option<CString>,
 }
 
 fn main() -> ExitCode {
@@ -51,7 +56,8 @@ fn main() -> ExitCode {
 fn serve(arguments: &Arguments) -> anyhow::Result<()> {
     let socket = connection::inherited(arguments.fd)?;
     let (socket, config) = confinement::enter(socket, &arguments.shared_dir)?;
-    let share = Share::new(config).with_context(|| format!("opening {}", arguments.shared_dir))?;
+    let share =
+        Share::new(config, arguments.own.clone()).with_context(|| format!("opening {}", arguments.shared_dir))?;
     Connection::new(socket)?.serve(&Server::new(share))?;
     Ok(())
 }

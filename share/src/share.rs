@@ -3,7 +3,7 @@
 //! and some offsets would end it.
 
 use std::{
-    ffi::CStr,
+    ffi::{CStr, CString},
     fs::File,
     io,
     os::unix::fs::MetadataExt,
@@ -24,7 +24,13 @@ use virtiofsd::{
     read_dir::ReadDir,
 };
 
-use crate::inode_numbers::{Device, InodeNumbers};
+use crate::{
+    inode_numbers::{Device, Devices},
+    nodes::Nodes,
+};
+
+/// How long the guest's kernel may take for true what it is told of its own nodes: that of virtiofsd's `--cache=always`.
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The served file system.
 pub(crate) struct Share {
@@ -34,7 +40,8 @@ pub(crate) struct Share {
 
 #[derive(Debug)]
 struct State {
-    numbers: InodeNumbers,
+    devices: Devices,
+    nodes: Nodes,
     /// The directory in which the last node was met that the guest had not been told of: most others will be met there, too.
     directory: Option<(u64, File)>,
 }
@@ -42,26 +49,29 @@ struct State {
 impl State {
     fn forget(&mut self, node: u64, lookups: u64) {
         // A directory that is held open would keep its file system busy.
-        if self.numbers.forget(node, lookups) && self.directory.as_ref().is_some_and(|(held, _)| *held == node) {
+        if self.nodes.forget(node, lookups) && self.directory.as_ref().is_some_and(|(held, _)| *held == node) {
             self.directory = None;
         }
     }
 
     fn forget_all(&mut self) {
-        self.numbers.forget_all();
+        self.nodes.forget_all();
         self.directory = None;
     }
 }
 
 impl Share {
+    /// `own` is the name of the folders that are the guest's own, in folders of the directory.
+    ///
     /// # Errors
     /// When the directory cannot be opened.
-    pub(crate) fn new(config: Config) -> io::Result<Self> {
+    pub(crate) fn new(config: Config, own: Option<CString>) -> io::Result<Self> {
         let root = Path::new(&config.root_dir).metadata()?.dev();
         Ok(Self {
             files: PassthroughFs::new(config)?,
             state: Mutex::new(State {
-                numbers: InodeNumbers::new(root),
+                devices: Devices::new(root),
+                nodes: Nodes::new(own),
                 directory: None,
             }),
         })
@@ -75,16 +85,22 @@ impl Share {
     /// somebody on the host has put another file in its place meanwhile, it is taken for its parent's.
     fn numbered(&self, context: Context, parent: u64, name: &CStr, mut entry: Entry) -> Entry {
         let state = &mut *self.state();
-        let device = state.numbers.remembered(entry.inode).unwrap_or_else(|| {
+        let device = state.nodes.remembered(entry.inode).unwrap_or_else(|| {
             let found = self.st_dev(&mut state.directory, context, parent, name, entry.attr.ino);
             let device = match found {
-                Some(st_dev) => state.numbers.device(st_dev),
-                None => state.numbers.device_of(parent),
+                Some(st_dev) => state.devices.device(st_dev),
+                None => state.nodes.device_of(parent),
             };
-            state.numbers.remember(entry.inode, device);
+            state.nodes.remember(entry.inode, device, (parent, name));
             device
         });
         entry.attr.ino = device.number(entry.attr.ino);
+        if state.nodes.is_own(entry.inode) {
+            entry.attr_timeout = DAY;
+        }
+        if state.nodes.is_own(parent) {
+            entry.entry_timeout = DAY;
+        }
         entry
     }
 
@@ -117,9 +133,32 @@ impl Share {
         taken.ok().and(directory.0)
     }
 
-    fn attributes(&self, node: u64, (mut attributes, timeout): (Attr, Duration)) -> (Attr, Duration) {
-        attributes.ino = self.state().numbers.device_of(node).number(attributes.ino);
+    /// Has the guest's kernel keep what it has read of a file of its own when that is opened again.
+    fn kept(&self, node: u64) -> OpenOptions {
+        match self.state().nodes.is_own(node) {
+            true => OpenOptions::KEEP_CACHE,
+            false => OpenOptions::empty(),
+        }
+    }
+
+    fn attributes(&self, node: u64, (mut attributes, mut timeout): (Attr, Duration)) -> (Attr, Duration) {
+        let state = self.state();
+        attributes.ino = state.nodes.device_of(node).number(attributes.ino);
+        if state.nodes.is_own(node) {
+            timeout = DAY;
+        }
         (attributes, timeout)
+    }
+}
+
+/// The answer that there is no such file, for the guest's kernel to remember.
+fn nothing() -> Entry {
+    Entry {
+        inode: 0,
+        generation: 0,
+        attr: Attr::default(),
+        attr_timeout: DAY,
+        entry_timeout: DAY,
     }
 }
 
@@ -185,8 +224,11 @@ impl FileSystem for Share {
     }
 
     fn lookup(&self, context: Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        let entry = self.files.lookup(context, parent, component(name)?)?;
-        Ok(self.numbered(context, parent, name, entry))
+        match self.files.lookup(context, parent, component(name)?) {
+            Ok(entry) => Ok(self.numbered(context, parent, name, entry)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.state().nodes.is_own(parent) => Ok(nothing()),
+            Err(error) => Err(error),
+        }
     }
 
     fn forget(&self, context: Context, node: u64, lookups: u64) {
@@ -300,7 +342,8 @@ impl FileSystem for Share {
         kill_privileges: bool,
         flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions)> {
-        self.files.open(context, node, kill_privileges, flags)
+        let (handle, options) = self.files.open(context, node, kill_privileges, flags)?;
+        Ok((handle, options | self.kept(node)))
     }
 
     fn create(
@@ -318,7 +361,9 @@ impl FileSystem for Share {
         let (entry, handle, options) =
             self.files
                 .create(context, parent, name, mode, kill_privileges, flags, umask, extensions)?;
-        Ok((self.numbered(context, parent, name, entry), handle, options))
+        let entry = self.numbered(context, parent, name, entry);
+        let options = options | self.kept(entry.inode);
+        Ok((entry, handle, options))
     }
 
     fn read<W: ZeroCopyWriter>(
@@ -434,7 +479,7 @@ impl FileSystem for Share {
     fn readdir(&self, context: Context, node: u64, handle: u64, size: u32, offset: u64) -> io::Result<Entries> {
         Ok(Entries {
             entries: self.files.readdir(context, node, handle, size, offset)?,
-            device: self.state().numbers.device_of(node),
+            device: self.state().nodes.device_of(node),
         })
     }
 

@@ -59,6 +59,56 @@ fn files_are_found_read_and_listed() {
     });
 }
 
+#[test]
+fn of_what_is_the_guests_own_it_may_keep_what_it_has_seen() {
+    const DAY: u64 = 24 * 60 * 60;
+    /// FOPEN_KEEP_CACHE of linux/fuse.h.
+    const KEEP_CACHE: u32 = 1 << 1;
+
+    with_own_mounts(|| {
+        let directory = Directory::new();
+        for (folder, inside) in [("files", "own"), ("files/other", "own")] {
+            let inside = directory.shared.join(folder).join(inside);
+            std::fs::create_dir_all(&inside).unwrap();
+            std::fs::write(inside.join("file"), "").unwrap();
+        }
+        let mut served = Served::ready(&directory.shared);
+        for (path, own) in [("files/own", true), ("files/other/own", false), ("files", false)] {
+            let folder = served.walk(path);
+            let nothing = served.lookup(folder, "nothing");
+            assert_eq!(
+                nothing.map(|nothing| (nothing.node, nothing.valid[0])),
+                own.then_some((0, DAY)).ok_or(libc::ENOENT),
+                "{path}"
+            );
+        }
+        let files = served.walk("files");
+        assert_eq!(
+            served.lookup(files, "own").unwrap().valid,
+            [1, DAY],
+            "its name may be another's"
+        );
+        for (path, valid) in [("files/own", DAY), ("files/other/own", 1)] {
+            let folder = served.walk(path);
+            let file = served.lookup(folder, "file").unwrap();
+            assert_eq!(file.valid, [valid; 2], "{path}");
+            let attributes = served.call(opcode::GETATTR, file.node, &longs(&[0, 0])).unwrap();
+            assert_eq!(u64_at(&attributes, 0), valid, "{path}");
+            let opened = served.call(opcode::OPEN, file.node, &words(&[0, 0])).unwrap();
+            assert_eq!(u32_at(&opened, 8) & KEEP_CACHE != 0, valid == DAY, "{path}");
+            let created = served
+                .call(opcode::CREATE, folder, &create_in("new", libc::O_WRONLY, 0o644))
+                .unwrap();
+            assert_eq!(Entry::read(&created).valid, [valid; 2], "{path}");
+            assert_eq!(
+                u32_at(&created, Entry::SIZE + 8) & KEEP_CACHE != 0,
+                valid == DAY,
+                "{path}"
+            );
+        }
+    });
+}
+
 /// The names in a reply to READDIR, or READDIRPLUS with its entries of `ahead` bytes, sorted.
 fn names(mut reply: &[u8], ahead: usize) -> Vec<String> {
     let mut names = Vec::new();

@@ -210,6 +210,48 @@ fn what_the_host_changes_shows_within_seconds() {
 }
 
 #[test]
+fn what_the_guest_changes_itself_shows_at_once_although_it_keeps_what_it_has_seen() {
+    in_guest(|directory, guest| {
+        fs::create_dir(directory.files().join("own")).unwrap();
+        let (file, other) = (guest.at("files/own/file"), guest.at("files/own/other"));
+        let read = |path: &PathBuf| fs::read_to_string(path).unwrap();
+        // What is not there, and then is.
+        assert_eq!(error(fs::read(&file)), libc::ENOENT);
+        fs::write(&file, "one").unwrap();
+        assert_eq!(read(&file), "one");
+        // By another opening, longer and shorter.
+        fs::write(&file, "longer than one").unwrap();
+        assert_eq!(
+            (read(&file), file.metadata().unwrap().len()),
+            ("longer than one".to_owned(), 15)
+        );
+        File::options().write(true).open(&file).unwrap().set_len(6).unwrap();
+        assert_eq!((read(&file), file.metadata().unwrap().len()), ("longer".to_owned(), 6));
+        // Under another name, and another file under this one.
+        fs::write(&other, "another").unwrap();
+        fs::rename(&other, &file).unwrap();
+        assert_eq!(
+            (read(&file), error(fs::read(&other))),
+            ("another".to_owned(), libc::ENOENT)
+        );
+        fs::hard_link(&file, &other).unwrap();
+        fs::write(&other, "both").unwrap();
+        assert_eq!((read(&file), file.metadata().unwrap().nlink()), ("both".to_owned(), 2));
+        fs::remove_file(&file).unwrap();
+        assert_eq!(
+            (error(fs::read(&file)), other.metadata().unwrap().nlink()),
+            (libc::ENOENT, 1)
+        );
+        fs::create_dir(&file).unwrap();
+        fs::write(file.join("a"), "").unwrap();
+        let names = |path: &PathBuf| fs::read_dir(path).unwrap().count();
+        assert_eq!((names(&file), names(&guest.at("files/own"))), (1, 2));
+        fs::remove_dir_all(&file).unwrap();
+        assert_eq!(names(&guest.at("files/own")), 1);
+    });
+}
+
+#[test]
 fn a_large_directory_is_listed_whole() {
     in_guest(|directory, guest| {
         for number in 0..5000 {

@@ -75,9 +75,6 @@ impl GuestSpec {
     }
 }
 
-/// Directory of the container's root, below its part of the shared directory.
-pub(crate) const ROOTFS: &str = "rootfs";
-
 /// Options of mount(8) about propagation: to the guest a volume is one mount, whatever is mounted below it on the host.
 const PROPAGATION: [&str; 8] = [
     "shared",
@@ -99,11 +96,16 @@ const FROM_THE_HOST: [&str; 4] = ["shared", "rshared", "slave", "rslave"];
 
 /// # Errors
 /// When the container asks for what cannot be had inside a guest; with the way out.
-pub(crate) fn of(id: &str, mut spec: Spec, has_mounts_below: impl Fn(&Path) -> bool) -> Result<GuestSpec, ShimError> {
+pub(crate) fn of(
+    id: &str,
+    root_folder: &str,
+    mut spec: Spec,
+    has_mounts_below: impl Fn(&Path) -> bool,
+) -> Result<GuestSpec, ShimError> {
     let (mut volumes, mut shm_size) = (Vec::new(), 0);
 
     if let Some(mut root) = spec.root().clone() {
-        root.set_path(Path::new(SHARED_MOUNT).join(id).join(ROOTFS));
+        root.set_path(Path::new(SHARED_MOUNT).join(id).join(root_folder));
         spec.set_root(Some(root));
     }
     if let Some(mounts) = spec.mounts().clone() {
@@ -285,7 +287,7 @@ mod tests {
     use super::*;
 
     fn guest_spec(host: Value) -> Result<GuestSpec, ShimError> {
-        of("c1", serde_json::from_value(host).unwrap(), |path| {
+        of("c1", "rootfs", serde_json::from_value(host).unwrap(), |path| {
             path == Path::new("/srv/with-mounts")
         })
     }

@@ -12,7 +12,7 @@ use std::{
 
 use containerd_shim::mount::mount_rootfs;
 use containerd_shim_protos::api::Mount;
-use coreos_kvm_launcher::mountinfo;
+use coreos_kvm_launcher::{mountinfo, share_server};
 use nix::mount::{MntFlags, umount2};
 use oci_spec::runtime::Spec;
 use rustix::{
@@ -22,11 +22,15 @@ use rustix::{
 
 use crate::{
     error::ShimError,
-    guestspec::{self, Access, Below, GuestSpec, Owners, ROOTFS, Volume},
+    guestspec::{self, Access, Below, GuestSpec, Owners, Volume},
     idmap::{self, Files, Mappings},
     pod_volumes::{PodVolumes, Use},
 };
 
+/// Of a container's root, which containerd's snapshotter has made for it.
+const SNAPSHOT: &str = share_server::OWN;
+/// Of one that may be anybody's.
+const DIRECTORY: &str = "directory";
 /// Of those volumes that are a container's alone.
 const VOLUMES: &str = "volumes";
 
@@ -69,7 +73,7 @@ impl ContainerFiles {
         root: &Path,
     ) -> Result<(GuestSpec, Self), ShimError> {
         let mounts = mountinfo::mounts().map_err(ShimError::while_doing("listing the mounts"))?;
-        let mut guest = guestspec::of(id, spec, |path| is_above(path, &mounts))?;
+        let mut guest = guestspec::of(id, root_folder(rootfs), spec, |path| is_above(path, &mounts))?;
         let mut files = Self {
             share,
             folder: id.into(),
@@ -93,7 +97,7 @@ impl ContainerFiles {
 
     /// Mounts the root file system: `rootfs` as containerd describes it, or else the directory `root`.
     fn mount_root(&mut self, rootfs: &[Mount], root: &Path, mappings: &mut Mappings) -> Result<(), ShimError> {
-        let place = self.folder.join(ROOTFS);
+        let place = self.folder.join(root_folder(rootfs));
         let point = self.share.points.join(&place);
         make_directory(&point, 0o755)?;
         let target = self.share.shared.join(&place);
@@ -353,6 +357,11 @@ fn make_directory(path: &Path, mode: u32) -> Result<(), ShimError> {
             "making the directory {}",
             path.display()
         )))
+}
+
+/// Where a container's root is in its folder.
+fn root_folder(rootfs: &[Mount]) -> &'static str {
+    if rootfs.is_empty() { DIRECTORY } else { SNAPSHOT }
 }
 
 /// Removes what [`ContainerFiles::of`] has made, level by level: no directory that still has something in it goes, so that

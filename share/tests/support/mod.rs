@@ -153,6 +153,7 @@ impl Served {
         command
             .arg(format!("--fd={number}"))
             .arg(format!("--shared-dir={}", shared.display()))
+            .arg("--own=own")
             .env_clear()
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -257,6 +258,8 @@ fn ended(mut child: Child) -> (ExitStatus, String) {
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) node: u64,
+    /// How long the guest's kernel may take the name, and the attributes, for true, in seconds.
+    pub(crate) valid: [u64; 2],
     pub(crate) ino: u64,
     pub(crate) mode: u32,
     pub(crate) uid: u32,
@@ -268,6 +271,7 @@ impl Entry {
     pub(crate) fn read(reply: &[u8]) -> Self {
         Self {
             node: u64_at(reply, 0),
+            valid: [u64_at(reply, 16), u64_at(reply, 24)],
             ino: u64_at(reply, 40),
             mode: u32_at(reply, 40 + 60),
             uid: u32_at(reply, 40 + 68),

@@ -15,6 +15,8 @@ use crate::table::{Samples, Table};
 const SIZE: u32 = 64;
 /// Files that are made.
 const FILES: u32 = 500;
+/// Programs that are started.
+const PROGRAMS: u32 = 20;
 const BOUND: Duration = Duration::from_secs(120);
 
 impl Bench<'_> {
@@ -25,7 +27,7 @@ impl Bench<'_> {
             let id = self.cri.run_pod(&pod, handler)?;
             let idle = Container::new("idle", BUSYBOX).command(&["sleep", "2147483647"]);
             let container = self.cri.run(&id, &idle, &pod)?;
-            let [mut written, mut read, mut made] = [(); 3].map(|()| Samples::default());
+            let [mut written, mut read, mut made, mut started] = [(); 4].map(|()| Samples::default());
             for _ in 0..self.arguments.runs {
                 let begun = Instant::now();
                 self.shell(
@@ -42,6 +44,10 @@ impl Bench<'_> {
                 self.shell(&container, &script)?;
                 made.add(begun.elapsed().as_secs_f64() * 1e6 / f64::from(FILES));
                 self.shell(&container, "rm -r /many")?;
+                let script = format!("for i in $(seq {PROGRAMS}); do /bin/true; done");
+                let begun = Instant::now();
+                self.shell(&container, &script)?;
+                started.add(begun.elapsed().as_secs_f64() * 1e3 / f64::from(PROGRAMS));
             }
             let what = |what: &str| format!("clone by {name}: {what}");
             let key = |part: &str| format!("{mode}_{part}");
@@ -54,6 +60,13 @@ impl Bench<'_> {
             );
             table.samples(&key("read_mib_s"), &what("the same read"), "MiB/s", &read, None);
             table.samples(&key("create_us"), &what("an empty file made"), "us", &made, None);
+            table.samples(
+                &key("start_ms"),
+                &what("a program started that was started before"),
+                "ms",
+                &started,
+                None,
+            );
             self.cri.stop_pod(&id)?;
             self.cri.remove_pod(&id)?;
         }
