@@ -40,7 +40,7 @@ enum State {
     #[default]
     Unopened,
     Free(Port),
-    /// A stream has it, or the machine has none.
+    /// A stream has it, or nobody can have it any more.
     Taken,
 }
 
@@ -54,7 +54,7 @@ struct Port {
 
 /// The port as long as one stream has it.
 pub(crate) struct Held {
-    /// Some until it is given back.
+    /// None when it has failed.
     port: Option<Port>,
     home: Arc<OutputPort>,
 }
@@ -119,9 +119,9 @@ impl Held {
     /// Sends a frame, as [`frame::write`] does on a connection.
     ///
     /// # Errors
-    /// Of the port; when the host wants no more.
+    /// Of the port, which is of no use then; when the host wants no more.
     pub(crate) async fn send(&mut self, frame: &mut [u8], connection: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
-        frame::write(self.port()?, frame).await?;
+        self.write(async |port| frame::write(port, frame).await).await?;
         // Before its turn is over there is nothing else that the host can have to say.
         Word::hear(connection)
             .now_or_never()
@@ -148,13 +148,20 @@ impl Held {
     /// # Errors
     /// Of the port; when the connection has ended.
     pub(crate) async fn turn_back(mut self, connection: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
-        frame::write_turn(self.port()?).await?;
+        self.write(async |port| frame::write_turn(port).await).await?;
         while Word::hear(connection).await? != Word::Done {}
         Ok(())
     }
 
-    fn port(&mut self) -> io::Result<&mut Port> {
-        self.port.as_mut().ok_or(io::ErrorKind::NotConnected.into())
+    /// After a failure nobody knows what of it the host has, and what would be part of it: the port is of no use any more.
+    async fn write(&mut self, write: impl AsyncFnOnce(&mut Port) -> io::Result<()>) -> io::Result<()> {
+        let port = self.port.as_mut().ok_or(io::ErrorKind::NotConnected)?;
+        let written = write(port).await;
+        if let Err(error) = &written {
+            tracing::warn!(%error, "the port for much output fails: all of it comes on connections");
+            self.port = None;
+        }
+        written
     }
 }
 
@@ -184,6 +191,7 @@ impl AsyncWrite for Port {
                 waited.map_err(io::Error::other)??;
             }
             match nix::unistd::write(&*self.descriptor, bytes) {
+                Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => {
                     let descriptor = self.descriptor.clone();
                     self.room = Some(tokio::task::spawn_blocking(move || wait_for_room(&descriptor)));
@@ -204,7 +212,8 @@ impl AsyncWrite for Port {
 
 fn wait_for_room(port: &OwnedFd) -> io::Result<()> {
     let mut polled = [PollFd::new(port.as_fd(), PollFlags::POLLOUT)];
-    poll(&mut polled, PollTimeout::NONE)?;
+    // A process may end at any time, and say so to this thread.
+    while poll(&mut polled, PollTimeout::NONE) == Err(Errno::EINTR) {}
     match polled[0].revents() {
         Some(events) if events.contains(PollFlags::POLLOUT) => Ok(()),
         _ => Err(io::ErrorKind::BrokenPipe.into()),

@@ -284,6 +284,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_port_that_has_failed_is_nobodys() {
+        let (port, host_port) = UnixStream::pair().unwrap();
+        let port = OutputPort::of(port.into_std().unwrap());
+        let (mut guest, host) = tokio::io::duplex(1 << 20);
+        let forgotten = CancellationToken::new();
+        let host = async {
+            let mut host = Frames::new(host);
+            while host.step().await.unwrap() == Step::Bytes {}
+            drop(host_port);
+            Word::Go.say(host.get_mut()).await.unwrap();
+        };
+        let (result, ()) = tokio::join!(
+            copy_out(tokio::io::repeat(7), &mut guest, Some(&port), &forgotten),
+            host
+        );
+        result.unwrap_err();
+        let (mut guest, _host) = tokio::io::duplex(1 << 20);
+        assert!(port.turn(&mut guest).await.unwrap().is_none());
+    }
+
+    #[tokio::test]
     async fn a_forgotten_process_leaves_what_it_has_written_and_no_more() {
         let (mut guest, host) = tokio::io::duplex(1000);
         // A pipe that somebody else still holds open.

@@ -8,8 +8,8 @@
 //! 3. The agent says on the port that the stream turns back, and the host [`Word::Done`] on the connection. What follows are frames there, and
 //!    the port is free.
 //!
-//! A host that wants no more output says [`Word::Stop`] at any time after the first turn, and reads on until the stream has turned back: so the port is never
-//! left with anything on it. The agent has no other use for the port between the two turns, unless the connection ends before the second word.
+//! A host that wants no more output says [`Word::Stop`] at any time after the first turn, and reads on until the stream has turned back, so that
+//! nothing of it is left on the port for the next one. If the connection ends before the first word, nothing has come on the port.
 
 use std::io;
 

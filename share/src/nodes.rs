@@ -1,8 +1,8 @@
 //! What is known of the nodes that the guest remembers. A node is a file by the name that the file system's server and the guest's
 //! kernel have for it; it never moves to another device, and its name is never used again.
 //!
-//! A folder of the shared directory may have a folder that nobody changes but the guest. Of all that is in it, the guest's kernel may take
-//! what it was told for true as long as it likes, also that there is no such file.
+//! A folder of the shared directory may have a folder that nobody changes but the guest. Of all that is in it, the guest's kernel may keep
+//! what it has seen, also that there is no such file.
 
 use std::{
     collections::HashMap,

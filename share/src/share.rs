@@ -29,7 +29,7 @@ use crate::{
     nodes::Nodes,
 };
 
-/// How long the guest's kernel may take for true what it is told of its own nodes: that of virtiofsd's `--cache=always`.
+/// How long the guest's kernel may take for true what it is told of nodes of its own: that of virtiofsd's `--cache=always`.
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The served file system.
@@ -95,10 +95,10 @@ impl Share {
             device
         });
         entry.attr.ino = device.number(entry.attr.ino);
-        if state.nodes.is_own(entry.inode) {
+        if state.nodes.is_own(entry.inode) && is_one(&entry.attr) {
             entry.attr_timeout = DAY;
         }
-        if state.nodes.is_own(parent) {
+        if state.nodes.is_own(parent) && is_one(&entry.attr) {
             entry.entry_timeout = DAY;
         }
         entry
@@ -144,11 +144,17 @@ impl Share {
     fn attributes(&self, node: u64, (mut attributes, mut timeout): (Attr, Duration)) -> (Attr, Duration) {
         let state = self.state();
         attributes.ino = state.nodes.device_of(node).number(attributes.ino);
-        if state.nodes.is_own(node) {
+        if state.nodes.is_own(node) && is_one(&attributes) {
             timeout = DAY;
         }
         (attributes, timeout)
     }
+}
+
+/// A file of one name, or a directory, is one node as long as it is there. One with several may become another: overlayfs copies it when it is
+/// written to or has one more name, and gives the copy a number of its own (Documentation/filesystems/overlayfs.rst, "Non-standard behavior").
+fn is_one(attributes: &Attr) -> bool {
+    attributes.nlink <= 1 || attributes.mode & libc::S_IFMT == libc::S_IFDIR
 }
 
 /// The answer that there is no such file, for the guest's kernel to remember.

@@ -27,9 +27,9 @@ use crate::{
     pod_volumes::{PodVolumes, Use},
 };
 
-/// Of a container's root, which containerd's snapshotter has made for it.
-const SNAPSHOT: &str = share_server::OWN;
-/// Of one that may be anybody's.
+/// Of a container's root that is a file system of its own, made for it: nobody on the host changes that.
+const OWN: &str = share_server::OWN;
+/// Of one that is a directory of the host's, or a mount of it.
 const DIRECTORY: &str = "directory";
 /// Of those volumes that are a container's alone.
 const VOLUMES: &str = "volumes";
@@ -361,7 +361,14 @@ fn make_directory(path: &Path, mode: u32) -> Result<(), ShimError> {
 
 /// Where a container's root is in its folder.
 fn root_folder(rootfs: &[Mount]) -> &'static str {
-    if rootfs.is_empty() { DIRECTORY } else { SNAPSHOT }
+    let is_directory = |mount: &Mount| {
+        let mut options = mount.options.iter();
+        mount.type_ == "bind" || options.any(|option| ["bind", "rbind"].contains(&option.as_str()))
+    };
+    match rootfs.is_empty() || rootfs.iter().any(is_directory) {
+        true => DIRECTORY,
+        false => OWN,
+    }
 }
 
 /// Removes what [`ContainerFiles::of`] has made, level by level: no directory that still has something in it goes, so that
@@ -402,6 +409,24 @@ mod tests {
     use super::*;
     use crate::tests::in_own_mounts;
     use crate::userns::tests::USERS;
+
+    #[test]
+    fn a_root_is_the_guests_own_where_it_is_no_directory_of_the_hosts() {
+        let mount = |kind: &str, options: &[&str]| Mount {
+            type_: kind.to_owned(),
+            options: options.iter().map(|&option| option.to_owned()).collect(),
+            ..Default::default()
+        };
+        let overlay = mount("overlay", &["lowerdir=/a", "upperdir=/b", "workdir=/c"]);
+        assert_eq!(root_folder(std::slice::from_ref(&overlay)), OWN);
+        for others in [
+            vec![],
+            vec![mount("bind", &["ro"])],
+            vec![overlay, mount("", &["rbind"])],
+        ] {
+            assert_eq!(root_folder(&others), DIRECTORY, "{others:?}");
+        }
+    }
 
     #[test]
     fn mounts_are_found_below_a_path_but_not_at_it() {

@@ -1,22 +1,22 @@
 //! What a process of the guest writes: it comes on a connection of its own, and, when there is much of it, on a serial port of the
 //! machine ([`coreos_kvm_proto::output_port`]).
 
-use std::{
-    io,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{io, sync::Arc};
 
 use coreos_kvm_proto::{
     frame::{Frames, Step},
     output_port::Word,
 };
-use tokio::net::UnixStream;
+use tokio::{
+    net::UnixStream,
+    sync::{Mutex, OwnedMutexGuard},
+};
 
 use crate::vsock::VsockStream;
 
 /// The host's end of the port, which one stream has at a time.
 #[derive(Debug, Clone)]
-pub struct OutputPort(Arc<Mutex<Option<Frames<UnixStream>>>>);
+pub struct OutputPort(Arc<Mutex<Frames<UnixStream>>>);
 
 /// What comes from the guest. Dropping it while it comes on the port has the rest of it read for nobody, so that the next stream finds the
 /// port as it should be.
@@ -29,34 +29,12 @@ struct Ways {
     connection: Frames<VsockStream>,
     port: Option<OutputPort>,
     /// The port while it is this stream's.
-    held: Option<Held>,
-}
-
-/// The port as long as one stream has it.
-#[derive(Debug)]
-struct Held {
-    /// Some until it is given back.
-    frames: Option<Frames<UnixStream>>,
-    home: OutputPort,
+    held: Option<OwnedMutexGuard<Frames<UnixStream>>>,
 }
 
 impl OutputPort {
     pub(crate) fn new(port: UnixStream) -> Self {
-        Self(Arc::new(Mutex::new(Some(Frames::new(port)))))
-    }
-
-    fn take(&self) -> Option<Held> {
-        let frames = self.0.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-        Some(Held {
-            frames: Some(frames),
-            home: self.clone(),
-        })
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        *self.home.0.lock().unwrap_or_else(PoisonError::into_inner) = self.frames.take();
+        Self(Arc::new(Mutex::new(Frames::new(port))))
     }
 }
 
@@ -69,10 +47,11 @@ impl StreamReader {
         }))
     }
 
-    /// The next bytes, at most 64 KiB of them; None at the end. As long as nobody asks, the process is held back.
+    /// The next bytes, at most 64 KiB of them; None at the end. As long as nobody asks, the process is held back. When this is not waited for to its
+    /// end, the stream is to be dropped.
     ///
     /// # Errors
-    /// When the connection is lost before the stream's end; `InvalidData` when the guest turns to a port that it has not.
+    /// When the connection is lost before the stream's end; `InvalidData` when the guest turns to a port that the machine has not.
     pub async fn next(&mut self) -> io::Result<Option<&[u8]>> {
         match &mut self.0 {
             Some(ways) => ways.next().await,
@@ -89,8 +68,9 @@ impl Ways {
                     Step::Bytes => return Ok(Some(self.connection.bytes())),
                     Step::End => return Ok(None),
                     Step::Turn => {
-                        let held = self.port.as_ref().and_then(OutputPort::take);
-                        self.held = Some(held.ok_or_else(nonsense)?);
+                        let OutputPort(port) = self.port.clone().ok_or_else(nonsense)?;
+                        // Mostly free: the guest waits for the host's word before it turns again.
+                        self.held = Some(port.lock_owned().await);
                         Word::Go.say(self.connection.get_mut()).await?;
                     }
                 },
@@ -104,7 +84,7 @@ impl Ways {
                 },
             }
         }
-        Ok(self.held.as_ref().map(Held::bytes))
+        Ok(self.held.as_deref().map(Frames::bytes))
     }
 
     /// Reads for nobody, until the port is free. The connection stays meanwhile: the guest must not take the port for free before.
@@ -112,22 +92,9 @@ impl Ways {
         let Some(mut held) = self.held.take() else {
             return;
         };
-        if Word::Stop.say(self.connection.get_mut()).await.is_ok() {
-            while let Ok(Step::Bytes) = held.step().await {}
-        }
-    }
-}
-
-impl Held {
-    async fn step(&mut self) -> io::Result<Step> {
-        match &mut self.frames {
-            Some(frames) => frames.step().await,
-            None => Err(io::ErrorKind::NotConnected.into()),
-        }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        self.frames.as_ref().map(Frames::bytes).unwrap_or_default()
+        // Also when the guest does not hear it.
+        let _ = Word::Stop.say(self.connection.get_mut()).await;
+        while let Ok(Step::Bytes) = held.step().await {}
     }
 }
 
@@ -144,7 +111,7 @@ impl Drop for StreamReader {
 fn nonsense() -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
-        "the guest turns to the port for output out of turn",
+        "the guest's output turns to where it cannot come from",
     )
 }
 
@@ -228,20 +195,32 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_guest_that_turns_out_of_turn_ends_that_stream_alone() {
+    async fn a_guest_that_turns_out_of_turn_holds_back_that_stream_alone() {
         let (port, mut serial) = port();
         let (mut holder, mut guest) = stream(&port);
         frame::write_turn(guest.get_mut()).await.unwrap();
         send(&mut serial, b"one").await;
         assert_eq!(holder.next().await.unwrap(), Some(&b"one"[..]));
 
-        let (mut other, mut guest) = stream(&port);
-        frame::write_turn(guest.get_mut()).await.unwrap();
-        assert_eq!(other.next().await.unwrap_err().kind(), io::ErrorKind::InvalidData);
+        let (mut other, mut others_guest) = stream(&port);
+        frame::write_turn(others_guest.get_mut()).await.unwrap();
+        let other = tokio::spawn(async move { other.next().await.map(|bytes| bytes.map(<[u8]>::to_vec)) });
 
         send(&mut serial, b"two").await;
         assert_eq!(holder.next().await.unwrap(), Some(&b"two"[..]));
+        assert!(!other.is_finished());
         frame::write_end(&mut serial).await.unwrap();
         assert_eq!(holder.next().await.unwrap_err().kind(), io::ErrorKind::InvalidData);
+        // A port that has ended stays so.
+        drop(holder);
+        assert_eq!(other.await.unwrap().unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[tokio::test]
+    async fn a_turn_where_there_is_no_port_is_an_error() {
+        let (host, mut guest) = UnixStream::pair().unwrap();
+        let mut reader = StreamReader::new(VsockStream::from(host), None);
+        frame::write_turn(&mut guest).await.unwrap();
+        assert_eq!(reader.next().await.unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 }
