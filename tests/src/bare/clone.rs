@@ -81,7 +81,10 @@ impl BareClone {
         }
         let tap = runtime()?.block_on(netdev::unconnected())?;
         let console = format!("file,id=console,path={}", path("console"));
-        arguments.push(("-chardev".to_owned(), Some(console)));
+        // Nothing has much to say.
+        for chardev in [console, "null,id=output".to_owned()] {
+            arguments.push(("-chardev".to_owned(), Some(chardev)));
+        }
         Ok(Self {
             program,
             arguments,
