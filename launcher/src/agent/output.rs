@@ -141,6 +141,15 @@ mod tests {
             .unwrap();
     }
 
+    /// A stream that has turned to the port, where `bytes` have been read, and its connection as the guest has it.
+    async fn turned(port: &OutputPort, serial: &mut UnixStream, bytes: &[u8]) -> (StreamReader, Frames<UnixStream>) {
+        let (mut reader, mut guest) = stream(port);
+        frame::write_turn(guest.get_mut()).await.unwrap();
+        send(serial, bytes).await;
+        assert_eq!(reader.next().await.unwrap(), Some(bytes));
+        (reader, guest)
+    }
+
     #[tokio::test]
     async fn a_stream_goes_to_the_port_and_comes_back() {
         let (port, mut serial) = port();
@@ -172,10 +181,7 @@ mod tests {
     #[tokio::test]
     async fn the_rest_of_a_stream_that_nobody_wants_does_not_get_into_the_next_one() {
         let (port, mut serial) = port();
-        let (mut reader, mut guest) = stream(&port);
-        frame::write_turn(guest.get_mut()).await.unwrap();
-        send(&mut serial, b"wanted").await;
-        assert_eq!(reader.next().await.unwrap(), Some(&b"wanted"[..]));
+        let (reader, mut guest) = turned(&port, &mut serial, b"wanted").await;
         drop(reader);
         assert_eq!(Word::hear(guest.get_mut()).await.unwrap(), Word::Go);
         assert_eq!(Word::hear(guest.get_mut()).await.unwrap(), Word::Stop);
@@ -188,19 +194,13 @@ mod tests {
             "the connection ends when the port is free"
         );
 
-        let (mut reader, mut guest) = stream(&port);
-        frame::write_turn(guest.get_mut()).await.unwrap();
-        send(&mut serial, b"next").await;
-        assert_eq!(reader.next().await.unwrap(), Some(&b"next"[..]));
+        turned(&port, &mut serial, b"next").await;
     }
 
     #[tokio::test]
     async fn a_guest_that_turns_out_of_turn_holds_back_that_stream_alone() {
         let (port, mut serial) = port();
-        let (mut holder, mut guest) = stream(&port);
-        frame::write_turn(guest.get_mut()).await.unwrap();
-        send(&mut serial, b"one").await;
-        assert_eq!(holder.next().await.unwrap(), Some(&b"one"[..]));
+        let (mut holder, _guest) = turned(&port, &mut serial, b"one").await;
 
         let (mut other, mut others_guest) = stream(&port);
         frame::write_turn(others_guest.get_mut()).await.unwrap();

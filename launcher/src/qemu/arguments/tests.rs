@@ -182,6 +182,12 @@ fn a_guest_on_qcow2_is_kept_from_naming_other_files() {
     assert!(node.as_object().unwrap().contains_key("backing"));
 }
 
+const PORTS: Ports = Ports {
+    agent: 32,
+    share: 33,
+    output: 34,
+};
+
 #[test]
 fn a_template_boots_with_a_tap_that_leads_nowhere() {
     let descriptors = Descriptors {
@@ -189,11 +195,7 @@ fn a_template_boots_with_a_tap_that_leads_nowhere() {
             kernel: 10,
             initramfs: 11,
             memory: 12,
-            ports: Ports {
-                agent: 32,
-                share: 33,
-                output: 34,
-            },
+            ports: PORTS,
         },
         connections: Connections {
             taps: vec![Tap::of_template(19, None)],
@@ -210,11 +212,7 @@ fn a_clone_has_the_devices_of_its_template_and_waits_for_its_state() {
         start: Start::Clone {
             memory: 12,
             mode: CloneMode::Copy,
-            ports: Ports {
-                agent: 32,
-                share: 33,
-                output: 34,
-            },
+            ports: PORTS,
         },
         connections: Connections {
             taps: vec![Tap::of_template(19, None)],
@@ -232,11 +230,7 @@ fn a_clone_that_shares_memory_maps_it_for_itself() {
             start: Start::Clone {
                 memory: 12,
                 mode,
-                ports: Ports {
-                    agent: 32,
-                    share: 33,
-                    output: 34,
-                },
+                ports: PORTS,
             },
             connections: Connections::default(),
             ..descriptors()
