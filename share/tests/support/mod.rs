@@ -1,6 +1,8 @@
 //! What the trials have in common: mounts of their own, the program at work, FUSE messages.
 #![allow(dead_code, reason = "each trial uses its own part")]
 
+pub(crate) mod guest;
+
 use std::{
     io::{Read, Write},
     os::{
