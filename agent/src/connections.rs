@@ -16,7 +16,7 @@ use tokio::{
 };
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 
-use crate::{containers::Containers, forward, output_port::OutputPort, serial::SerialPort, streams};
+use crate::{containers::Containers, forward, output_window::OutputWindow, serial::SerialPort, streams};
 
 /// Where connections are taken.
 const PORTS: [u32; 3] = [AGENT_PORT, STREAM_PORT, FORWARD_PORT];
@@ -31,7 +31,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin> Connection for T {}
 pub(crate) struct Connections {
     calls: mpsc::Sender<Box<dyn Connection>>,
     containers: Arc<Containers>,
-    output: Arc<OutputPort>,
+    output: Arc<OutputWindow>,
     tasks: JoinSet<Result<()>>,
 }
 
@@ -108,7 +108,7 @@ async fn arrivals(mut incoming: Incoming, taker: Taker) -> Result<()> {
 struct Taker {
     calls: mpsc::Sender<Box<dyn Connection>>,
     containers: Arc<Containers>,
-    output: Arc<OutputPort>,
+    output: Arc<OutputWindow>,
 }
 
 impl Taker {

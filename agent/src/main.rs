@@ -5,7 +5,7 @@
 //! - [`runtime`]: how processes come to be in containers, by a zygote and libcontainer
 //! - [`reaper`]: the one owner of exits
 //! - [`connections`]: the ways to the host, by vsock or by a [`serial`] port; [`streams`]: what carries stdin, stdout and stderr, and
-//!   [`output_port`]: what carries much output
+//!   [`output_window`]: what carries much output
 //! - [`forward`]: connections to the guest's loopback
 //! - [`cgroup`], [`stats`]: the containers' cgroups and what they say; [`passwd`] and [`workdir`]: their users' homes
 //!   and the folders they start in
@@ -26,7 +26,8 @@ mod heap;
 mod identity;
 mod mounts;
 mod network;
-mod output_port;
+mod output_pipe;
+mod output_window;
 mod passwd;
 mod process;
 mod quiet;

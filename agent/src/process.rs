@@ -22,14 +22,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     error::AgentError,
+    output_pipe::OutputPipe,
     reaper::{self, Exit, ExitWatch, Reaper},
     runtime::Stdio,
     terminal::Terminal,
 };
-
-/// Bytes of output that wait in a pipe: more than the 64 KiB that it holds by itself (pipe(7)), so that a program that writes much and
-/// the agent do not take turns for each of its writes.
-pub(crate) const OUTPUT: usize = 256 * 1024;
 
 /// Where the bytes of one of its streams come from or go to.
 pub(crate) enum Endpoint {
@@ -92,10 +89,8 @@ impl Process {
             stdio.stdin = theirs;
         }
         let output = || -> io::Result<(Endpoint, OwnedFd)> {
-            let (ours, theirs) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-            // A smaller one does as well.
-            let _ = fcntl(&ours, FcntlArg::F_SETPIPE_SZ(OUTPUT as i32));
-            Ok((Endpoint::Output(Box::new(receiver(ours)?)), theirs))
+            let (ours, theirs) = OutputPipe::new()?;
+            Ok((Endpoint::Output(Box::new(ours)), theirs))
         };
         if self.wanted.stdout {
             let (endpoint, theirs) = output()?;

@@ -59,7 +59,10 @@ impl SerialPort {
     /// # Errors
     /// Of [`open_port`].
     pub(crate) fn open(name: &str) -> io::Result<Self> {
-        let port = open_port(name)?;
+        Self::of(open_port(name)?)
+    }
+
+    pub(crate) fn of(port: OwnedFd) -> io::Result<Self> {
         // SAFETY: the descriptor is this structure's alone, and open as long as it is.
         Ok(Self(unsafe { AsyncFd::register(port) }?))
     }

@@ -1,6 +1,6 @@
 //! The connections that carry stdin, stdout and stderr: one each, so that a slow reader holds back its own writer alone. Nothing is
 //! read from a process that the host does not take, which is all the back-pressure there is. A stream that flows may have another way:
-//! [`output_port`](crate::output_port).
+//! [`output_window`](crate::output_window).
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -11,8 +11,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     containers::Containers,
-    output_port::{Held, OutputPort},
-    process::{Endpoint, OUTPUT},
+    output_pipe::CAPACITY,
+    output_window::{Held, OutputWindow},
+    process::Endpoint,
 };
 
 /// The host says at once which stream it means.
@@ -20,14 +21,14 @@ const HELLO: Duration = Duration::from_secs(10);
 /// Bytes of a frame with its header: what vsock sends at once (`VIRTIO_VSOCK_MAX_PKT_BUF_SIZE` in the kernel's virtio_vsock.h).
 const PACKET: usize = 64 * 1024;
 /// The same of a program that writes much: all that waits in its pipe, so that it is woken up once for that.
-const BATCH: usize = OUTPUT;
+const BATCH: usize = frame::HEADER + CAPACITY;
 /// The host closes the connection as soon as it has read the end.
 const FAREWELL: Duration = Duration::from_secs(30);
 
 /// Serves one of them.
 pub(crate) async fn serve(
     containers: Arc<Containers>,
-    port: Arc<OutputPort>,
+    window: Arc<OutputWindow>,
     mut stream: impl AsyncRead + AsyncWrite + Unpin,
 ) {
     let hello = match tokio::time::timeout(HELLO, frame::read_hello(&mut stream)).await {
@@ -46,8 +47,8 @@ pub(crate) async fn serve(
     };
     let result = match endpoint {
         Some(Endpoint::Output(output)) => {
-            let port = hello.output_port.then_some(&port);
-            copy_out(output, &mut stream, port, process.forgotten()).await
+            let window = hello.output_window.then_some(&window);
+            copy_out(output, &mut stream, window, process.forgotten()).await
         }
         Some(Endpoint::Input(input)) => copy_in(&mut stream, input, process.forgotten()).await,
         // Not wanted, or taken: the stream is at its end.
@@ -62,11 +63,11 @@ pub(crate) async fn serve(
 async fn copy_out(
     output: impl AsyncRead + Unpin,
     stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
-    port: Option<&Arc<OutputPort>>,
+    window: Option<&Arc<OutputWindow>>,
     forgotten: &CancellationToken,
 ) -> io::Result<()> {
     let mut held = None;
-    let copied = copy_all(output, stream, (port, &mut held), forgotten).await;
+    let copied = copy_all(output, stream, (window, &mut held), forgotten).await;
     if let Some(held) = held {
         held.turn_back(stream).await?;
     }
@@ -77,25 +78,30 @@ async fn copy_out(
     Ok(())
 }
 
-/// The same to the end of the output, which turns to the port when it flows.
+/// The same to the end of the output, which turns to the window when it flows.
 async fn copy_all(
     mut output: impl AsyncRead + Unpin,
     stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
-    (port, held): (Option<&Arc<OutputPort>>, &mut Option<Held>),
+    (window, held): (Option<&Arc<OutputWindow>>, &mut Option<Held>),
     forgotten: &CancellationToken,
 ) -> io::Result<()> {
     let mut buffer = vec![0; PACKET];
     loop {
+        let has_window = held.is_some();
+        let space = match held {
+            Some(held) => held.room(stream).await?,
+            None => &mut buffer[frame::HEADER..],
+        };
         let call_back = async {
-            match held {
-                Some(held) => held.call_back(stream).await,
-                None => std::future::pending().await,
+            match window {
+                Some(window) if has_window => window.call_back(stream).await,
+                _ => std::future::pending().await,
             }
         };
         let count = tokio::select! {
             biased;
-            count = output.read(&mut buffer[frame::HEADER..]) => count?,
-            () = forgotten.cancelled() => match output.read(&mut buffer[frame::HEADER..]).now_or_never() {
+            count = output.read(space) => count?,
+            () = forgotten.cancelled() => match output.read(space).now_or_never() {
                 Some(count) => count?,
                 None => 0,
             },
@@ -110,15 +116,16 @@ async fn copy_all(
         if count == 0 {
             return Ok(());
         }
-        let frame = &mut buffer[..frame::HEADER + count];
-        match held {
-            Some(held) => held.send(frame, stream).await?,
-            None => frame::write(stream, frame).await?,
+        if let Some(held) = held {
+            held.wrote(count, stream).await?;
+            continue;
         }
+        let frame = &mut buffer[..frame::HEADER + count];
+        frame::write(stream, frame).await?;
         if frame.len() == buffer.len() {
             buffer.resize(BATCH, 0);
-            if let (Some(port), None) = (port, &held) {
-                *held = port.turn(stream).await?;
+            if let Some(window) = window {
+                *held = window.turn(stream).await?;
             }
         }
     }
@@ -145,7 +152,10 @@ async fn copy_in(
 
 #[cfg(test)]
 mod tests {
-    use coreos_kvm_proto::{frame::Step, output_port::Word};
+    use coreos_kvm_proto::{
+        frame::Step,
+        output_window::{Reader, SIZE, Word},
+    };
     use tokio::net::UnixStream;
 
     use super::*;
@@ -168,24 +178,48 @@ mod tests {
         assert!(all == sent);
     }
 
-    /// Reads what came on the port until the stream turns back.
-    async fn on_port(port: &mut Frames<UnixStream>) -> Vec<u8> {
-        let mut all = Vec::new();
-        while port.step().await.unwrap() == Step::Bytes {
-            all.extend_from_slice(port.bytes());
+    /// The host's side of a window.
+    struct Host {
+        reader: Reader,
+        bell: UnixStream,
+    }
+
+    impl Host {
+        /// What comes in the window until the stream turns back.
+        async fn read(&mut self) -> Vec<u8> {
+            let mut all = Vec::new();
+            loop {
+                match self.reader.step().unwrap() {
+                    Some(Step::Bytes) => all.extend_from_slice(self.reader.bytes()),
+                    Some(_) => return all,
+                    None if self.reader.waits() => {
+                        self.bell.read_u8().await.unwrap();
+                    }
+                    None => {}
+                }
+                if self.reader.frees() {
+                    self.bell.write_u8(0).await.unwrap();
+                }
+            }
         }
-        all
+    }
+
+    fn window() -> (Arc<OutputWindow>, Host) {
+        let memory = tempfile::tempfile().unwrap();
+        memory.set_len(SIZE as u64).unwrap();
+        let (bell, ours) = UnixStream::pair().unwrap();
+        let window = OutputWindow::of(&memory, bell.into_std().unwrap());
+        let reader = Reader::open(memory).unwrap();
+        (window, Host { reader, bell: ours })
     }
 
     #[tokio::test]
-    async fn much_output_comes_on_the_port_and_its_end_on_the_connection() {
-        let (port, host_port) = UnixStream::pair().unwrap();
-        let port = OutputPort::of(port.into_std().unwrap());
-        let mut host_port = Frames::new(host_port);
-        // One after the other, as the port is free again.
+    async fn much_output_comes_in_the_window_and_its_end_on_the_connection() {
+        let (window, mut host_window) = window();
+        // One after the other, as the window is free again.
         for _ in 0..2 {
             let (mut guest, host) = tokio::io::duplex(1000);
-            let sent: Vec<u8> = (0..=255).cycle().take(3_000_000).collect();
+            let sent: Vec<u8> = (0..=250).cycle().take(3_000_000).collect();
             let forgotten = CancellationToken::new();
             let host = async {
                 let (mut host, mut all) = (Frames::new(host), Vec::new());
@@ -196,29 +230,27 @@ mod tests {
                         Step::Turn => {
                             assert_eq!(all.len(), PACKET - frame::HEADER);
                             Word::Go.say(host.get_mut()).await.unwrap();
-                            all.extend(on_port(&mut host_port).await);
+                            all.extend(host_window.read().await);
                             Word::Done.say(host.get_mut()).await.unwrap();
                         }
                     }
                 }
                 all
             };
-            let (result, all) = tokio::join!(copy_out(sent.as_slice(), &mut guest, Some(&port), &forgotten), host);
+            let (result, all) = tokio::join!(copy_out(sent.as_slice(), &mut guest, Some(&window), &forgotten), host);
             result.unwrap();
             assert!(all == sent);
         }
     }
 
     #[tokio::test]
-    async fn the_port_is_handed_on_when_who_has_it_is_silent() {
-        let (port, host_port) = UnixStream::pair().unwrap();
-        let port = OutputPort::of(port.into_std().unwrap());
-        let mut host_port = Frames::new(host_port);
+    async fn the_window_is_handed_on_when_who_has_it_is_silent() {
+        let (window, mut host_window) = window();
         let start = || {
             let (mut program, output) = tokio::io::duplex(1 << 20);
             let (mut guest, host) = tokio::io::duplex(1 << 20);
-            let port = port.clone();
-            tokio::spawn(async move { copy_out(output, &mut guest, Some(&port), &CancellationToken::new()).await });
+            let window = window.clone();
+            tokio::spawn(async move { copy_out(output, &mut guest, Some(&window), &CancellationToken::new()).await });
             let write = async move |count: usize| {
                 program.write_all(&vec![7; count]).await.unwrap();
                 program
@@ -233,9 +265,9 @@ mod tests {
 
         let (write, mut second) = start();
         let mut program = write(PACKET).await;
-        assert_eq!(second.step().await.unwrap(), Step::Bytes, "the port is taken");
+        assert_eq!(second.step().await.unwrap(), Step::Bytes, "the window is taken");
         // What the first had left to say, and then nothing.
-        assert_eq!(on_port(&mut host_port).await.len(), frame::HEADER);
+        assert_eq!(host_window.read().await.len(), frame::HEADER);
         Word::Done.say(first.get_mut()).await.unwrap();
         let flood = vec![7; 1 << 20];
         let (written, turned) = tokio::join!(program.write_all(&flood), async {
@@ -245,18 +277,16 @@ mod tests {
         let () = turned;
         Word::Go.say(second.get_mut()).await.unwrap();
         drop(program);
-        on_port(&mut host_port).await;
+        host_window.read().await;
     }
 
     #[tokio::test]
-    async fn output_that_the_host_does_not_want_leaves_the_port_for_others() {
+    async fn output_that_the_host_does_not_want_leaves_the_window_for_others() {
         for stop_first in [false, true] {
-            let (port, host_port) = UnixStream::pair().unwrap();
-            let port = OutputPort::of(port.into_std().unwrap());
-            let mut host_port = Frames::new(host_port);
+            let (window, mut host_window) = window();
             let (mut guest, host) = tokio::io::duplex(1 << 20);
             let forgotten = CancellationToken::new();
-            // It never ends.
+            // It never ends, and fills the window before anybody reads there.
             let output = tokio::io::repeat(7);
             let host = async {
                 let mut host = Frames::new(host);
@@ -269,9 +299,9 @@ mod tests {
                 for word in words {
                     word.say(host.get_mut()).await.unwrap();
                 }
-                on_port(&mut host_port).await;
+                host_window.read().await;
             };
-            let (result, ()) = tokio::join!(copy_out(output, &mut guest, Some(&port), &forgotten), host);
+            let (result, ()) = tokio::join!(copy_out(output, &mut guest, Some(&window), &forgotten), host);
             assert_eq!(
                 result.unwrap_err().kind(),
                 io::ErrorKind::UnexpectedEof,
@@ -279,29 +309,30 @@ mod tests {
             );
             let (mut guest, mut host) = tokio::io::duplex(1 << 20);
             Word::Go.say(&mut host).await.unwrap();
-            assert!(port.turn(&mut guest).await.unwrap().is_some(), "the port is free");
+            assert!(window.turn(&mut guest).await.unwrap().is_some(), "the window is free");
         }
     }
 
     #[tokio::test]
-    async fn a_port_that_has_failed_is_nobodys() {
-        let (port, host_port) = UnixStream::pair().unwrap();
-        let port = OutputPort::of(port.into_std().unwrap());
+    async fn a_window_that_has_failed_is_nobodys() {
+        let (window, host_window) = window();
         let (mut guest, host) = tokio::io::duplex(1 << 20);
         let forgotten = CancellationToken::new();
         let host = async {
             let mut host = Frames::new(host);
             while host.step().await.unwrap() == Step::Bytes {}
-            drop(host_port);
+            // It waits, and is gone.
+            assert!(host_window.reader.waits());
+            drop(host_window);
             Word::Go.say(host.get_mut()).await.unwrap();
         };
         let (result, ()) = tokio::join!(
-            copy_out(tokio::io::repeat(7), &mut guest, Some(&port), &forgotten),
+            copy_out(tokio::io::repeat(7), &mut guest, Some(&window), &forgotten),
             host
         );
         result.unwrap_err();
         let (mut guest, _host) = tokio::io::duplex(1 << 20);
-        assert!(port.turn(&mut guest).await.unwrap().is_none());
+        assert!(window.turn(&mut guest).await.unwrap().is_none());
     }
 
     #[tokio::test]

@@ -20,7 +20,7 @@ mod forward;
 mod output;
 mod stream;
 
-pub use output::{OutputPort, StreamReader};
+pub use output::{OutputWindow, StreamReader};
 pub use stream::{Stream, StreamWriter};
 
 /// Calls that only look or signal.
@@ -122,14 +122,14 @@ impl From<proto::WaitProcessResponse> for ProcessExit {
 /// The client. One connection, made when it is first needed and made anew when it was lost.
 pub struct AgentClient {
     dialer: VsockDialer,
-    output: Option<OutputPort>,
+    output: Option<OutputWindow>,
     // Held while dialing: whoever comes meanwhile wants the same connection.
     connection: Mutex<Option<Client>>,
 }
 
 impl AgentClient {
-    /// Much output comes on `output`, if the machine has such a port and this is its only client.
-    pub fn new(dialer: VsockDialer, output: Option<OutputPort>) -> Self {
+    /// Much output comes in `output`, if the machine has it and this is its only client.
+    pub fn new(dialer: VsockDialer, output: Option<OutputWindow>) -> Self {
         Self {
             dialer,
             output,

@@ -16,6 +16,7 @@ pub mod mode;
 pub mod resident;
 mod store;
 mod uses;
+pub mod window;
 
 use std::{
     fs::File,

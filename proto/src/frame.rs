@@ -1,5 +1,5 @@
 //! Frames on a stream connection: a length (u32, big endian) and so many bytes; a length of 0 is the end of the stream, and 2^32 - 1 that
-//! it goes on elsewhere ([`crate::output_port`]). The end travels in band because not every vsock device carries a half-closed connection.
+//! it goes on elsewhere ([`crate::output_window`]). The end travels in band because not every vsock device carries a half-closed connection.
 
 use std::io;
 

@@ -9,12 +9,12 @@ mod generated {
 pub mod carry;
 pub mod frame;
 pub mod mux;
-pub mod output_port;
+pub mod output_window;
 
 pub use generated::{agent, agent_ttrpc};
 
 /// Number of this protocol. It grows whenever host and agent of different numbers could misunderstand each other.
-pub const PROTOCOL: u32 = 8;
+pub const PROTOCOL: u32 = 9;
 
 /// vsock port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -37,7 +37,7 @@ pub const AGENT_SERIAL_PORT: &str = "coreos-kvm.agent";
 /// Name of another one: in a clone without virtiofs it carries the FUSE requests of the share's mount to the host, and the replies
 /// back, one after the other as linux/fuse.h has them.
 pub const SHARE_SERIAL_PORT: &str = "coreos-kvm.share";
-/// Name of the one by which output comes when there is much of it: [`output_port`].
+/// Name of the one on which guest and host wake each other while output comes in memory that they share: [`output_window`].
 pub const OUTPUT_SERIAL_PORT: &str = "coreos-kvm.output";
 /// Longest message about waking on [`AGENT_SERIAL_PORT`], in bytes, the length before it left out.
 pub const WAKE_MAX: usize = 16 * 1024;

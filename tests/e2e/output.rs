@@ -23,11 +23,11 @@ const BOUND: Duration = Duration::from_secs(30);
 const LONG: (&str, u64) = ("COREOS_KVM_OUTPUT_MIB", 128);
 /// Of a block, in bytes, each of which begins with its number.
 const BLOCK: usize = 1 << 20;
-/// More than there can be between a process and its reader, in bytes: two pipes and two sockets, the windows of a connection, what the guest's driver
-/// takes for the output port (128 buffers of 32 KiB), and the block that the process is at.
-const ON_ITS_WAY_MAX: u64 = 7 << 20;
-/// Of the shim's memory and of the agent's, in bytes, while the output goes through them: their buffers are 64 and 256 KiB, and the window
-/// of a connection is 256 KiB.
+/// More than there can be between a process and its reader, in bytes: three pipes and two sockets, the windows of a connection, the memory in
+/// which much output comes, and the block that the process is at.
+const ON_ITS_WAY_MAX: u64 = 3 << 20;
+/// Of the shim's memory and of the agent's, in bytes, while the output goes through them: their buffers are 64 and 256 KiB, and the windows
+/// of a connection are 256 KiB.
 const GROWTH_MAX: u64 = 1 << 20;
 /// How long a process has to stand still to be called held back.
 const STILL: Duration = Duration::from_millis(500);

@@ -10,7 +10,7 @@ use coreos_kvm_proto::{
 
 use super::{
     ProcessName,
-    output::{OutputPort, StreamReader},
+    output::{OutputWindow, StreamReader},
 };
 use crate::vsock::{VsockDialer, VsockStream};
 
@@ -18,13 +18,13 @@ use crate::vsock::{VsockDialer, VsockStream};
 #[derive(Debug)]
 pub struct Stream {
     connection: VsockStream,
-    port: Option<OutputPort>,
+    window: Option<OutputWindow>,
 }
 
 impl Stream {
-    pub(super) async fn dial(dialer: &VsockDialer, port: Option<OutputPort>) -> io::Result<Self> {
+    pub(super) async fn dial(dialer: &VsockDialer, window: Option<OutputWindow>) -> io::Result<Self> {
         let connection = dialer.dial(STREAM_PORT).await?;
-        Ok(Self { connection, port })
+        Ok(Self { connection, window })
     }
 
     /// It is what the process writes to its stdout or stderr.
@@ -34,7 +34,7 @@ impl Stream {
     pub async fn output(mut self, name: ProcessName<'_>, stderr: bool) -> io::Result<StreamReader> {
         let kind = if stderr { Kind::STDERR } else { Kind::STDOUT };
         self.say(name, kind).await?;
-        Ok(StreamReader::new(self.connection, self.port))
+        Ok(StreamReader::new(self.connection, self.window))
     }
 
     /// It is the process's stdin.
@@ -54,7 +54,7 @@ impl Stream {
             container_id: name.container_id.to_owned(),
             exec_id: name.exec_id.to_owned(),
             kind: kind.into(),
-            output_port: self.port.is_some(),
+            output_window: self.window.is_some(),
             ..Default::default()
         };
         frame::write_hello(&mut self.connection, &hello).await

@@ -7,7 +7,8 @@
 use std::{ffi::OsString, os::fd::RawFd};
 
 use coreos_kvm_proto::{
-    AGENT_DISK_SERIAL, AGENT_SERIAL_PORT, OUTPUT_SERIAL_PORT, READY_PORT_ARGUMENT, SHARE_SERIAL_PORT, TEMPLATE_ARGUMENT,
+    AGENT_DISK_SERIAL, AGENT_SERIAL_PORT, OUTPUT_SERIAL_PORT, READY_PORT_ARGUMENT, SHARE_SERIAL_PORT,
+    TEMPLATE_ARGUMENT, output_window,
 };
 
 use super::devices::{self, Connections};
@@ -46,6 +47,9 @@ const CLEARED_FEATURES: &str = "clearcpuid=";
 /// One of them: without it the kernel copies by plain moves and not by string instructions, which is faster in translated code. It zeroes
 /// pages slower.
 const COPIES_BY_STRINGS: &str = "rep_good";
+
+/// Name of the memory in which much output comes.
+pub const WINDOW: &str = "window";
 
 /// How often a machine's memory can grow: virtiofsd and vhost-device-vsock take eight pieces of memory, and at the beginning there
 /// are up to two, below and above 4 GiB.
@@ -106,8 +110,16 @@ pub struct Ports {
     pub agent: RawFd,
     /// Of [`SHARE_SERIAL_PORT`].
     pub share: RawFd,
+    /// None if QEMU has no device for its memory.
+    pub output: Option<Output>,
+}
+
+/// QEMU's ends of what much output comes by ([`output_window`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Output {
     /// Of [`OUTPUT_SERIAL_PORT`].
-    pub output: RawFd,
+    pub port: RawFd,
+    pub memory: RawFd,
 }
 
 /// The merged Ignition configuration, and the way on which it travels.
@@ -372,16 +384,24 @@ fn console(line: &mut Line, descriptors: &Descriptors) {
 fn late(line: &mut Line, ports: Ports) {
     line.add("device", "virtio-serial-pci,id=ports,max_ports=4,disable-legacy=on");
     // The first port would be a console.
-    for (number, port, name, connection) in [
-        (1, "agent", AGENT_SERIAL_PORT, ports.agent),
-        (2, "share", SHARE_SERIAL_PORT, ports.share),
-        (3, "output", OUTPUT_SERIAL_PORT, ports.output),
-    ] {
+    let mut serial = |number: u32, port: &str, name: &str, connection: RawFd| {
         line.chardev(port, connection);
         line.add(
             "device",
             format!("virtserialport,bus=ports.0,nr={number},chardev={port},name={name}"),
         );
+    };
+    serial(1, "agent", AGENT_SERIAL_PORT, ports.agent);
+    serial(2, "share", SHARE_SERIAL_PORT, ports.share);
+    if let Some(Output { port, memory }) = ports.output {
+        serial(3, "output", OUTPUT_SERIAL_PORT, port);
+        let (size, file) = (output_window::SIZE, own_file(memory));
+        line.add(
+            "object",
+            format!("memory-backend-file,id={WINDOW},size={size},mem-path={file},share=on"),
+        );
+        // Of the two that could have such memory it is the one that can be saved.
+        line.add("device", format!("ivshmem-plain,memdev={WINDOW},master=on"));
     }
     devices::slots(line);
 }

@@ -5,7 +5,7 @@ use std::{
     io::{self, Read},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{Output, Stdio},
     time::Duration,
 };
 
@@ -20,8 +20,8 @@ use crate::{
 /// Oldest QEMU that is known to do what is asked of it.
 pub const OLDEST: Version = Version { major: 7, minor: 2 };
 
-/// `--version` is a matter of milliseconds.
-const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
+/// What it says of itself is a matter of milliseconds.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A version of QEMU, as far as it matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -53,15 +53,47 @@ pub enum QemuError {
     TooOld { path: PathBuf, found: Version },
 }
 
-/// Finds the QEMU that the configuration names and makes sure that it is not too old. What it says of its version is kept in
+/// The QEMU of this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Qemu {
+    pub path: PathBuf,
+    pub version: Version,
+    /// It has the device `ivshmem-plain`, which some distributions leave out.
+    pub ivshmem: bool,
+}
+
+/// Finds the QEMU that the configuration names and makes sure that it is not too old. What it says of itself is kept in
 /// `cache_dir`, for it takes longer to say it than to be found.
 ///
 /// # Errors
 /// When it is missing, no QEMU, or too old.
-pub async fn find(program: &Path, cache_dir: &Path) -> Result<(PathBuf, Version), QemuError> {
+pub async fn find(program: &Path, cache_dir: &Path) -> Result<Qemu, QemuError> {
     let path = program::find("QEMU", "qemu", program)?;
-    let version = version(&path, cache_dir).await?;
-    new_enough(&path, version).map(|()| (path, version))
+    let unasked = |source| QemuError::Unasked {
+        path: path.clone(),
+        source,
+    };
+    let cache = cache(&path, cache_dir).map_err(unasked)?;
+    let (version, ivshmem) = match cache.as_ref().and_then(Cache::read) {
+        Some(said) => said,
+        None => {
+            let answer = ask(&path, &["--version"]).await.map_err(unasked)?;
+            let answer = String::from_utf8_lossy(&answer.stdout);
+            let version = parse_version(&answer).ok_or_else(|| QemuError::NoQemu {
+                path: path.clone(),
+                answer: answer.chars().take(200).collect(),
+            })?;
+            // Of a device that it has not it says so, and fails.
+            let ivshmem = ask(&path, &["-device", "ivshmem-plain,help"]).await.map_err(unasked)?;
+            let said = (version, ivshmem.status.success());
+            if let Some(cache) = cache {
+                cache.write(&said);
+            }
+            said
+        }
+    };
+    new_enough(&path, version)?;
+    Ok(Qemu { path, version, ivshmem })
 }
 
 fn new_enough(path: &Path, found: Version) -> Result<(), QemuError> {
@@ -75,37 +107,16 @@ fn new_enough(path: &Path, found: Version) -> Result<(), QemuError> {
     }
 }
 
-/// The version of the program at `path`; asked once for each file.
-async fn version(path: &Path, cache_dir: &Path) -> Result<Version, QemuError> {
-    let unasked = |source| QemuError::Unasked {
-        path: path.to_owned(),
-        source,
-    };
-    let cache = cache(path, cache_dir).map_err(unasked)?;
-    if let Some(version) = cache.as_ref().and_then(Cache::read) {
-        return Ok(version);
-    }
+async fn ask(path: &Path, arguments: &[&str]) -> io::Result<Output> {
     let asked = Command::new(path)
-        .arg("--version")
+        .args(arguments)
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output();
-    let output = match tokio::time::timeout(VERSION_TIMEOUT, asked).await {
-        Ok(output) => output.map_err(unasked)?,
-        Err(_) => return Err(unasked(io::ErrorKind::TimedOut.into())),
-    };
-    let answer = String::from_utf8_lossy(&output.stdout);
-    let version = parse_version(&answer).ok_or_else(|| QemuError::NoQemu {
-        path: path.to_owned(),
-        answer: answer.chars().take(200).collect(),
-    })?;
-    if let Some(cache) = cache {
-        cache.write(&version);
-    }
-    Ok(version)
+    tokio::time::timeout(ANSWER_TIMEOUT, asked).await?
 }
 
-/// Where the version is kept, by device, inode and times of the program's file. None for a script, which may start another program
+/// Where the answers are kept, by device, inode and times of the program's file. None for a script, which may start another program
 /// tomorrow and be the same file.
 fn cache(path: &Path, directory: &Path) -> io::Result<Option<Cache>> {
     let mut file = File::open(path)?;
@@ -123,7 +134,7 @@ fn cache(path: &Path, directory: &Path) -> io::Result<Option<Cache>> {
         file.ctime(),
         file.ctime_nsec()
     );
-    Ok(Some(Cache::new(directory, ".qemu-version.json", key)))
+    Ok(Some(Cache::new(directory, ".qemu.json", key)))
 }
 
 /// From `QEMU emulator version 7.2.22 (Debian ...)`.
@@ -175,6 +186,18 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_device_that_was_left_out_is_no_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let script = directory.path().join("qemu");
+        for (has, answer) in [(true, ":"), (false, "exit 1")] {
+            let text = format!("#!/bin/sh\n[ $1 = --version ] || {answer}\necho QEMU emulator version 9.0.0\n");
+            std::fs::write(&script, text).unwrap();
+            std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+            assert_eq!(find(&script, directory.path()).await.unwrap().ivshmem, has);
+        }
+    }
+
+    #[tokio::test]
     async fn a_script_is_asked_each_time() {
         let directory = tempfile::tempdir().unwrap();
         let script = directory.path().join("qemu");
@@ -182,8 +205,8 @@ mod tests {
             let text = format!("#!/bin/sh\necho QEMU emulator version {version}.0\n");
             std::fs::write(&script, text).unwrap();
             std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-            let (_, found) = find(&script, directory.path()).await.unwrap();
-            assert_eq!(found.to_string(), version);
+            let found = find(&script, directory.path()).await.unwrap();
+            assert_eq!(found.version.to_string(), version);
         }
     }
 }

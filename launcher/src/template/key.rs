@@ -12,9 +12,9 @@ use crate::{
     machine::Machine,
     netdev,
     qemu::{
-        arguments::{self, Descriptors, Ignition, Ports, Start},
+        arguments::{self, Descriptors, Ignition, Output, Ports, Start},
         devices::{self, Connections},
-        program::Version,
+        program::Qemu,
     },
 };
 
@@ -34,7 +34,7 @@ impl Key {
         machine: &Machine,
         ignition: &Carriage,
         host: &Host,
-        qemu: (&Path, Version),
+        qemu: &Qemu,
         agent_disk: &Path,
     ) -> Result<Self, TemplateError> {
         let mut hash = Sha256::new();
@@ -43,7 +43,7 @@ impl Key {
             hash.update((value.len() as u64).to_le_bytes());
             hash.update(value);
         };
-        let version = format!("{FORMAT} {} {PROTOCOL} {}", env!("CARGO_PKG_VERSION"), qemu.1);
+        let version = format!("{FORMAT} {} {PROTOCOL} {}", env!("CARGO_PKG_VERSION"), qemu.version);
         add("versions", version.as_bytes());
         let (placeholder, text) = match ignition {
             Carriage::FwCfg(text) | Carriage::FwCfgCompressed(text) => (Ignition::FwCfg { descriptor: 0 }, text),
@@ -61,7 +61,7 @@ impl Key {
                 ports: Ports {
                     agent: 0,
                     share: 0,
-                    output: 0,
+                    output: qemu.ivshmem.then_some(Output { port: 0, memory: 0 }),
                 },
             },
             ignition: placeholder,
@@ -83,7 +83,13 @@ impl Key {
         let card = devices::card(&descriptors.connections);
         add("card", card.map(|card| card.to_string()).unwrap_or_default().as_bytes());
         let guest = &machine.guest;
-        for file in [qemu.0, &guest.kernel, &guest.initramfs, &guest.root, agent_disk] {
+        for file in [
+            qemu.path.as_path(),
+            &guest.kernel,
+            &guest.initramfs,
+            &guest.root,
+            agent_disk,
+        ] {
             add("file", identity(file)?.as_bytes());
         }
         match host.acceleration {
@@ -145,8 +151,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::accel::Processor;
-    use crate::machine::tests::machine;
+    use crate::{accel::Processor, machine::tests::machine, qemu::program::OLDEST};
 
     /// A machine of files that are there, and the agent's disk.
     fn files(root: &Path) -> (Machine, PathBuf) {
@@ -178,8 +183,12 @@ mod tests {
 
     fn key_on(host: &Host, machine: &Machine, ignition: &str, agent: &Path) -> Key {
         let ignition = Carriage::FwCfg(ignition.to_owned());
-        let qemu = (Path::new("/proc/self/exe"), Version { major: 7, minor: 2 });
-        Key::of(machine, &ignition, host, qemu, agent).unwrap()
+        let qemu = Qemu {
+            path: "/proc/self/exe".into(),
+            version: OLDEST,
+            ivshmem: true,
+        };
+        Key::of(machine, &ignition, host, &qemu, agent).unwrap()
     }
 
     #[test]

@@ -14,7 +14,10 @@ use std::{
     sync::Arc,
 };
 
-use coreos_kvm_proto::agent::ConfigureNetworkRequest;
+use coreos_kvm_proto::{
+    agent::ConfigureNetworkRequest,
+    output_window::{self, Reader},
+};
 use nix::{
     fcntl::{FcntlArg, SealFlag, fcntl},
     sys::memfd::{MFdFlags, memfd_create},
@@ -23,7 +26,7 @@ use tokio::{net::UnixListener, time::Instant};
 
 use super::{VmError, plan::Plan, watch::Watch};
 use crate::{
-    agent::OutputPort,
+    agent::OutputWindow,
     carriage::Carriage,
     cgroup,
     config::Config,
@@ -35,6 +38,7 @@ use crate::{
     qemu::{
         arguments::{self, Descriptors, Start},
         devices::{self, CLONE_TAPS_MAX, Connections, Device},
+        program::Qemu,
         qmp::Qmp,
     },
     sentence,
@@ -131,8 +135,8 @@ pub(super) struct Line {
     pub(super) dialer: VsockDialer,
     /// What carries them, where that is this process.
     pub(super) multiplexed: Option<Multiplexed>,
-    /// For much output, where the machine has such a port.
-    pub(super) output: Option<OutputPort>,
+    /// For much output, where the machine has such memory.
+    pub(super) output: Option<OutputWindow>,
 }
 
 /// The host's ends of the ports that templates and clones have, kept open also when nobody needs them any more: that a port is closed
@@ -141,8 +145,8 @@ pub(super) struct Ports {
     pub(super) agent: tokio::net::UnixStream,
     /// None where a process serves it.
     pub(super) share: Option<UnixStream>,
-    /// None once somebody reads it.
-    pub(super) output: Option<tokio::net::UnixStream>,
+    /// None where QEMU has no device for it, and once somebody reads there.
+    pub(super) output: Option<OutputWindow>,
 }
 
 /// Makes everything. `record` names each thing before it is made.
@@ -213,7 +217,7 @@ pub(super) async fn make(
                 kernel: inherited.file(&machine.guest.kernel)?,
                 initramfs: inherited.file(&machine.guest.initramfs)?,
                 memory: inherited.add(memory),
-                ports: make_ports(&mut ports, None, &mut inherited)?,
+                ports: make_ports(&mut ports, &plan.qemu, None, &mut inherited)?,
             }
         }
         Origin::Clone { memory, mut state } => {
@@ -236,7 +240,7 @@ pub(super) async fn make(
             Start::Clone {
                 memory: inherited.add(another),
                 mode,
-                ports: make_ports(&mut ports, connected.share_port, &mut inherited)?,
+                ports: make_ports(&mut ports, &plan.qemu, connected.share_port, &mut inherited)?,
             }
         }
     };
@@ -268,7 +272,7 @@ pub(super) async fn make(
         Start::Clone { .. } => devices::plugged(&descriptors.connections),
     };
     let begin = Instant::now();
-    let qemu = Arc::new(Process::start(&plan.qemu, &arguments, inherited.0, wall)?);
+    let qemu = Arc::new(Process::start(&plan.qemu.path, &arguments, inherited.0, wall)?);
     record.qemu = Some(qemu.id());
     state.write(record)?;
 
@@ -448,16 +452,17 @@ fn note_helper(record: &mut Record, name: &str, process: &Process) {
     });
 }
 
-/// Makes the connections of the serial ports, that of the share only where nobody serves it: answers QEMU's ends, and leaves ours in
-/// `here`.
+/// Makes the connections of the serial ports, that of the share only where nobody serves it, and that of output where QEMU has a device for the
+/// memory that goes with it: answers QEMU's ends, and leaves ours in `here`.
 fn make_ports(
     here: &mut Option<Ports>,
+    qemu: &Qemu,
     share: Option<OwnedFd>,
     inherited: &mut Inherited,
 ) -> Result<arguments::Ports, VmError> {
     let make = || {
         let (ours, agent) = UnixStream::pair()?;
-        let (output_ours, output) = UnixStream::pair()?;
+        let (window, output) = qemu.ivshmem.then(make_window).transpose()?.unzip();
         let (kept, share) = match share {
             Some(share) => (None, share),
             None => UnixStream::pair().map(|(ours, theirs)| (Some(ours), theirs.into()))?,
@@ -465,12 +470,15 @@ fn make_ports(
         *here = Some(Ports {
             agent: async_socket(ours)?,
             share: kept,
-            output: Some(async_socket(output_ours)?),
+            output: window,
         });
         Ok(arguments::Ports {
             agent: inherited.add(agent),
             share: inherited.add(share),
-            output: inherited.add(output),
+            output: output.map(|(bell, memory)| arguments::Output {
+                port: inherited.add(bell),
+                memory: inherited.add(memory),
+            }),
         })
     };
     make().map_err(VmError::io("making the connections of the guest's serial ports"))
@@ -540,6 +548,21 @@ pub(super) fn empty_memory(machine: &Machine) -> Result<File, VmError> {
         Ok(memory)
     };
     make().map_err(VmError::io("making the guest's memory"))
+}
+
+/// Makes the memory in which much output comes, and QEMU's end of the connection that goes with it.
+fn make_window() -> io::Result<(OutputWindow, (UnixStream, File))> {
+    let (bell, port) = UnixStream::pair()?;
+    let memory = File::from(memfd_create(
+        c"window",
+        MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
+    )?);
+    memory.set_len(output_window::SIZE as u64)?;
+    // Nobody can take away what this process has mapped.
+    let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+    fcntl(&memory, FcntlArg::F_ADD_SEALS(seals))?;
+    let reader = Reader::open(memory.try_clone()?)?;
+    Ok((OutputWindow::new(reader, async_socket(bell)?), (port, memory)))
 }
 
 fn async_socket(socket: UnixStream) -> io::Result<tokio::net::UnixStream> {

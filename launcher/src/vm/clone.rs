@@ -14,7 +14,6 @@ use super::{
     port, save,
 };
 use crate::{
-    agent::OutputPort,
     carriage::Carriage,
     config::{Config, Templates},
     mac::Mac,
@@ -314,7 +313,7 @@ impl Restore {
         };
         watch.during(woken).await?;
         match line {
-            // The port goes through QEMU, which is no way to be faster than that.
+            // There the two have not been compared.
             Some(line) if line.dialer.is_of_kernel() => {
                 *ports = Some(Ports {
                     agent: port,
@@ -323,7 +322,7 @@ impl Restore {
                 });
             }
             Some(line) => {
-                line.output = output.map(OutputPort::new);
+                line.output = output;
                 *ports = Some(Ports {
                     agent: port,
                     share,
@@ -336,7 +335,7 @@ impl Restore {
                     ready,
                     dialer: multiplexed.dialer(),
                     multiplexed: Some(multiplexed),
-                    output: output.map(OutputPort::new),
+                    output,
                 });
             }
         }

@@ -1,6 +1,6 @@
 //! What can be decided before anything is made: everything that is wrong with what the user or the admin wrote is found here.
 
-use std::{fs::File, io, path::PathBuf};
+use std::{fs::File, io};
 
 use super::VmError;
 use crate::{
@@ -10,15 +10,14 @@ use crate::{
     disk, forward,
     machine::{Machine, Network},
     netdev, provision,
-    qemu::program::{self, Version},
+    qemu::program::{self, Qemu},
 };
 
 /// A machine as it is going to be.
 pub(super) struct Plan {
     pub(super) ignition: Carriage,
     data_disk: Option<File>,
-    pub(super) qemu: PathBuf,
-    pub(super) version: Version,
+    pub(super) qemu: Qemu,
     pub(super) host: Host,
     pub(super) reason: String,
     pub(super) groups: Vec<u32>,
@@ -58,7 +57,7 @@ pub(super) async fn plan(config: &Config, machine: &Machine) -> Result<Plan, VmE
             path: config.agent_disk.clone(),
         });
     }
-    let (qemu, version) = program::find(&config.qemu, &config.state_dir).await?;
+    let qemu = program::find(&config.qemu, &config.state_dir).await?;
     let (acceleration, reason) = accel::choose(machine.acceleration, &config.state_dir).await?;
     let groups = match acceleration {
         Acceleration::Kvm => accel::kvm_group().map_err(VmError::Kvm)?.into_iter().collect(),
@@ -69,7 +68,6 @@ pub(super) async fn plan(config: &Config, machine: &Machine) -> Result<Plan, VmE
         ignition,
         data_disk,
         qemu,
-        version,
         host: Host {
             acceleration,
             processor,

@@ -29,6 +29,7 @@ use crate::{
         Content, Draft, Key, Lock, Manifest, STATE_MAX, Store, Template, TemplateError,
         card::{self, TEMPLATE_MAC},
         memory::{self, ID},
+        window,
     },
 };
 
@@ -78,8 +79,7 @@ pub(super) fn template_machine(machine: &Machine) -> Machine {
 }
 
 pub(super) fn key(config: &Config, machine: &Machine, plan: &Plan) -> Result<Key, TemplateError> {
-    let qemu = (plan.qemu.as_path(), plan.version);
-    Key::of(machine, &plan.ignition, &plan.host, qemu, &config.agent_disk)
+    Key::of(machine, &plan.ignition, &plan.host, &plan.qemu, &config.agent_disk)
 }
 
 /// Boots `machine`, as [`template_machine`] made it, saves it, and ends it. When the caller goes away before the end, nothing is left
@@ -142,7 +142,10 @@ async fn boot_and_save(
     let mut made = build::make(config, machine, plan, origin, (state, record), None).await?;
     plug_card(&mut made).await?;
     let said = ready(&mut made).await?;
-    let devices = save_devices(&mut made).await?;
+    let mut devices = save_devices(&mut made).await?;
+    if plan.qemu.ivshmem && !window::forget_place(&mut devices) {
+        return Err(VmError::NoSleep("its devices have no memory for output".to_owned()));
+    }
     let seconds = made.begin.elapsed().as_secs_f64();
     // Nothing writes to the memory any more.
     made.qemu.kill().await;
@@ -152,7 +155,7 @@ async fn boot_and_save(
         vcpus: machine.vcpus,
         memory_mib: machine.memory_mib,
         acceleration: plan.host.acceleration,
-        qemu: plan.version.to_string(),
+        qemu: plan.qemu.version.to_string(),
         own: machine.configuration.is_some(),
         created: SystemTime::now()
             .duration_since(UNIX_EPOCH)

@@ -16,7 +16,7 @@ use coreos_kvm_launcher::template::{
 };
 use coreos_kvm_proto::agent::Awakening;
 use coreos_kvm_proto::mux::{Mux, Side};
-use coreos_kvm_proto::{GREETING, READY_PORT, SEED_LENGTH};
+use coreos_kvm_proto::{GREETING, READY_PORT, SEED_LENGTH, output_window};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::unistd::Pid;
 use protobuf::Message as _;
@@ -62,6 +62,10 @@ impl BareClone {
         for (option, value) in all {
             match (option.as_str(), value.as_deref().unwrap_or_default()) {
                 ("-add-fd" | "-chardev" | "-netdev", _) => {}
+                ("-object", value) if value.starts_with("memory-backend-file,id=window") => {
+                    let memory = format!("memory-backend-memfd,id=window,size={},share=on", output_window::SIZE);
+                    arguments.push((option, Some(memory)));
+                }
                 ("-object", value) if value.starts_with("memory-backend-file") => {
                     ensure!(value.ends_with("share=off"), "the machine is no clone by copy-on-write");
                     let size = value.split(',').find(|part| part.starts_with("size="));

@@ -185,7 +185,7 @@ fn a_guest_on_qcow2_is_kept_from_naming_other_files() {
 const PORTS: Ports = Ports {
     agent: 32,
     share: 33,
-    output: 34,
+    output: Some(Output { port: 34, memory: 35 }),
 };
 
 #[test]
@@ -238,7 +238,10 @@ fn a_clone_that_shares_memory_maps_it_for_itself() {
         lines(&machine(), Acceleration::Tcg, &descriptors)
     };
     let copy = clone(CloneMode::Copy);
-    assert_eq!(copy.replace("share=on", "share=off"), clone(CloneMode::CopyOnWrite));
+    assert_eq!(
+        copy.replace("/fd/12,share=on", "/fd/12,share=off"),
+        clone(CloneMode::CopyOnWrite)
+    );
 }
 
 #[test]
