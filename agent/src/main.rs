@@ -78,13 +78,11 @@ fn main() -> Result<()> {
         last_words(panic);
         print(panic);
     }));
-    let runtime = tokio::runtime::Builder::new_current_thread()
+    let served = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("starting the runtime")?;
-    let served = runtime.block_on(serve(zygote));
-    // A thread of its may wait for a host that takes nothing.
-    runtime.shutdown_background();
+        .context("starting the runtime")?
+        .block_on(serve(zygote));
     if let Err(error) = &served {
         last_words(&format_args!("{error:#}"));
     }

@@ -22,7 +22,7 @@ use crate::process::set_nonblocking;
 
 /// Bytes that wait in a pipe: more than the 64 KiB that it holds by itself (pipe(7)), so that a program that writes much and the agent do not
 /// take turns for each of its writes.
-pub(crate) const CAPACITY: usize = 128 * 1024;
+pub(crate) const CAPACITY: usize = 256 * 1024;
 
 /// The reading end. As long as much comes, what is there is first moved to a pipe of the agent's own, which copies nothing: neither waits
 /// while the other's bytes are copied, for a pipe can be used by one at a time.
@@ -118,6 +118,8 @@ impl Own {
 
     /// Moves what is in the program's pipe to this one, which is empty. Answers how many bytes, 0 at the end.
     fn take(&mut self, programs: &OwnedFd) -> io::Result<usize> {
+        // Also when it fails: of a write that has failed Linux leaves an empty piece in a pipe, up to 6.13, and only reading takes that away.
+        self.empty = false;
         let moved = retry_on_intr(|| splice(programs, None, &self.writer, None, CAPACITY, SpliceFlags::NONBLOCK))?;
         self.empty = moved == 0;
         Ok(moved)

@@ -122,7 +122,7 @@ async fn copy_all(
         }
         let frame = &mut buffer[..frame::HEADER + count];
         frame::write(stream, frame).await?;
-        if frame.len() == buffer.len() {
+        if frame.len() >= PACKET {
             buffer.resize(BATCH, 0);
             if let Some(window) = window {
                 *held = window.turn(stream).await?;

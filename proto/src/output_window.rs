@@ -143,6 +143,7 @@ impl Writer {
         }
         self.written = self.written.wrapping_add(count as u64);
         let control = control(&self.map);
+        publish();
         control.written.store(self.written, Ordering::Release);
         is_waited_for(&control.reader_waits)
     }
@@ -151,6 +152,7 @@ impl Writer {
     #[must_use]
     pub fn turn(&self) -> bool {
         let control = control(&self.map);
+        publish();
         control.turned.store(1, Ordering::Release);
         is_waited_for(&control.reader_waits)
     }
@@ -252,13 +254,22 @@ fn place(number: u64) -> usize {
     (number % RING as u64) as usize
 }
 
+/// What was written before is there before what is written next. For the guest's kernel may let writes to the window be combined, which
+/// does not keep them in order as other memory does.
+fn publish() {
+    fence(Ordering::SeqCst);
+}
+
 fn is_waited_for(waits: &AtomicU32) -> bool {
     // What was said before is seen by who says after this that he waits.
     fence(Ordering::SeqCst);
     waits.load(Ordering::Relaxed) != 0 && waits.swap(0, Ordering::AcqRel) != 0
 }
 
-fn wait(waits: &AtomicU32, is_needed: impl FnOnce() -> bool) -> bool {
+fn wait(waits: &AtomicU32, is_needed: impl Fn() -> bool) -> bool {
+    if !is_needed() {
+        return false;
+    }
     waits.store(1, Ordering::Relaxed);
     fence(Ordering::SeqCst);
     let needed = is_needed();

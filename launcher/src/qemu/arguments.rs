@@ -52,8 +52,8 @@ const COPIES_BY_STRINGS: &str = "rep_good";
 pub const WINDOW: &str = "window";
 
 /// How often a machine's memory can grow: virtiofsd and vhost-device-vsock take eight pieces of memory, and at the beginning there
-/// are up to two, below and above 4 GiB.
-pub const MEMORY_SLOTS: usize = 6;
+/// are up to three: below and above 4 GiB, and the one in which much output comes.
+pub const MEMORY_SLOTS: usize = 5;
 
 /// Size of the blocks in which the guest's kernel takes memory, in MiB: `probe_memory_block_size` in arch/x86/mm/init_64.c goes by
 /// where memory ends. Of a large machine 2 GiB are below 4 GiB, and the rest is above.

@@ -125,7 +125,7 @@ fn a_machine_that_can_grow_has_room_for_it() {
     assert!(lines.contains("-smp cpus=8\n"), "{lines}");
     assert!(lines.contains(" maxcpus=1 swiotlb=noforce"), "{lines}");
     assert!(lines.contains("tb-size=78\n"), "{lines}");
-    assert!(lines.contains("-m size=512M,slots=6,maxmem=2048M"), "{lines}");
+    assert!(lines.contains("-m size=512M,slots=5,maxmem=2048M"), "{lines}");
 }
 
 #[test]
