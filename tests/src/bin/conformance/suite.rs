@@ -19,6 +19,9 @@ pub(crate) const BY_DIGEST: &str = "public image with digest should be pulled an
 /// At pods on the node's network containerd 2.0 to 2.2 ends where their sandboxes are the shim's, before it asks the shim.
 const ON_THE_NODE: &str = "HostNetwork is true|portforward in host network";
 
+/// The socket for plugins that change containers, below /run: what a containerd has by default, if it knows such plugins.
+const NRI: &str = "nri/nri.sock";
+
 /// Of a whole run, more than twice what it takes.
 const BOUND: Duration = Duration::from_secs(20 * 60);
 /// How often a line tells how far it is.
@@ -54,6 +57,13 @@ pub(crate) fn run(node: &Node, handler: &str, sandboxer: Sandboxer, focus: Optio
         .arg(format!("--ginkgo.json-report={}", report.display()))
         .args((sandboxer == Sandboxer::Shim).then(|| format!("--ginkgo.skip={ON_THE_NODE}")))
         .args(focus.map(|focus| format!("--ginkgo.focus={focus}")))
+        .args(
+            node.place()
+                .run()
+                .join(NRI)
+                .exists()
+                .then(|| format!("-nri-socket=/run/{NRI}")),
+        )
         .env("TMPDIR", &temporary)
         .stdout(Stdio::piped())
         .stderr(File::create(log_path.with_extension("stderr.log"))?);
