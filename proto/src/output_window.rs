@@ -115,14 +115,10 @@ impl Writer {
         RING.saturating_sub(unread)
     }
 
-    fn has_room(&self) -> bool {
-        self.free() >= SPILL
-    }
-
     /// Where the next bytes can be written: at least 4 KiB, unless there is no room.
     pub fn room(&mut self) -> &mut [u8] {
         let (start, free) = (place(self.written), self.free());
-        let length = if self.has_room() {
+        let length = if has_room(free) {
             free.min(RING - start + SPILL)
         } else {
             0
@@ -160,7 +156,7 @@ impl Writer {
     /// Says that there is no room and that it is waited for, unless there is some by now; answers whether to wait.
     #[must_use]
     pub fn waits(&self) -> bool {
-        wait(&control(&self.map).writer_waits, || !self.has_room())
+        wait(&control(&self.map).writer_waits, || !has_room(self.free()))
     }
 }
 
@@ -252,6 +248,10 @@ fn control(map: &MmapRaw) -> &Control {
 fn place(number: u64) -> usize {
     // Less than the ring's length.
     (number % RING as u64) as usize
+}
+
+fn has_room(free: usize) -> bool {
+    free >= SPILL
 }
 
 /// What was written before is there before what is written next. For the guest's kernel may let writes to the window be combined, which

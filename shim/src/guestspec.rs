@@ -1,7 +1,10 @@
 //! The host's OCI specification of a container becomes the guest's: paths are the guest's, what belongs to the host (its
 //! namespaces, devices, hooks, labels, processors by number) is left out, everything that confines the process stays.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 
 use coreos_kvm_proto::SHARED_MOUNT;
 use oci_spec::runtime::{LinuxCpu, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Spec};
@@ -138,7 +141,7 @@ pub(crate) fn of(
         // Numbers of the host's devices are those of others in the guest. The usual ones are made without being named.
         linux.set_devices(None);
         linux.set_intel_rdt(None).set_mount_label(None);
-        linux.set_resources(linux.resources().as_ref().map(adapt_resources));
+        linux.set_resources(linux.resources().as_ref().map(adapt_resources).transpose()?);
         spec.set_linux(Some(linux));
     }
     if let Some(mut process) = spec.process().clone() {
@@ -252,16 +255,36 @@ fn adapt_mount(
     Ok(mount)
 }
 
+/// Files of cgroup v2 that mean the same inside and that every guest's kernel has (Documentation/admin-guide/cgroup-v2.rst, Linux 4.19). The
+/// kubelet asks for some of them by name.
+const UNIFIED: [&str; 4] = ["memory.oom.group", "memory.min", "memory.low", "memory.high"];
+
 /// Limits that mean the same inside: time, memory, processes. Processors and devices by number are the host's, and what
-/// the host's hugetlb, blkio, rdma and network controllers limit is limited there, for the whole machine.
-fn adapt_resources(resources: &LinuxResources) -> LinuxResources {
+/// the host's blkio, rdma and network controllers limit is limited there, for the whole machine.
+///
+/// # Errors
+/// When huge pages are wanted, of which a machine has none.
+fn adapt_resources(resources: &LinuxResources) -> Result<LinuxResources, ShimError> {
+    let mut huge = resources.hugepage_limits().iter().flatten();
+    if let Some(wanted) = huge.find(|limit| limit.limit() > 0) {
+        return Err(ShimError::InvalidArgument(format!(
+            "huge pages of {} are asked for, and a machine has none: leave out the limit of hugepages, or run the pod without this runtime class",
+            wanted.page_size()
+        )));
+    }
+    let unified = resources.unified().iter().flatten();
+    let unified: HashMap<_, _> = unified
+        .filter(|(file, _)| UNIFIED.contains(&file.as_str()))
+        .map(|(file, value)| (file.clone(), value.clone()))
+        .collect();
     let mut inside = LinuxResources::default();
     inside
         .set_memory(*resources.memory())
         .set_pids(*resources.pids())
         .set_devices(resources.devices().clone())
-        .set_cpu(resources.cpu().as_ref().map(without_numbers));
-    inside
+        .set_cpu(resources.cpu().as_ref().map(without_numbers))
+        .set_unified(Some(unified).filter(|unified| !unified.is_empty()));
+    Ok(inside)
 }
 
 fn without_numbers(cpu: &LinuxCpu) -> LinuxCpu {
@@ -275,9 +298,9 @@ fn without_numbers(cpu: &LinuxCpu) -> LinuxCpu {
 /// The changed limits of a container, as they are inside: JSON of the OCI specification's `linux.resources`.
 ///
 /// # Errors
-/// None that is known of.
+/// When huge pages are wanted, of which a machine has none.
 pub(crate) fn resources(resources: &LinuxResources) -> Result<Vec<u8>, ShimError> {
-    serde_json::to_vec(&adapt_resources(resources)).map_err(ShimError::while_doing("writing the limits"))
+    serde_json::to_vec(&adapt_resources(resources)?).map_err(ShimError::while_doing("writing the limits"))
 }
 
 #[cfg(test)]
@@ -399,6 +422,34 @@ mod tests {
         assert_eq!(with(&["rbind", "rslave", "rw"]), Below::Always);
         assert_eq!(with(&["rbind", "rshared", "ro"]), Below::Always);
         assert_eq!(with(&["rbind", "rslave", "rro"]), Below::Now);
+    }
+
+    #[test]
+    fn limits_by_the_names_of_their_files_are_those_that_mean_the_same_inside() {
+        let mut host = host();
+        host["linux"]["resources"]["unified"] =
+            json!({"memory.oom.group": "1", "memory.high": "1000000", "cpuset.cpus": "7", "io.max": "8:0 rbps=1"});
+        let (spec, _) = inside(host).unwrap();
+        assert_eq!(
+            spec["linux"]["resources"]["unified"],
+            json!({"memory.oom.group": "1", "memory.high": "1000000"})
+        );
+    }
+
+    #[test]
+    fn huge_pages_are_refused_and_none_of_them_are_not() {
+        let with = |limit: u64| {
+            let mut host = host();
+            host["linux"]["resources"]["hugepageLimits"] =
+                json!([{"pageSize": "1GB", "limit": 0}, {"pageSize": "2MB", "limit": limit}]);
+            inside(host)
+        };
+        with(0).unwrap();
+        let error = with(2 << 20).unwrap_err().to_string();
+        assert!(
+            error.starts_with("huge pages of 2MB are asked for, and a machine has none"),
+            "{error}"
+        );
     }
 
     #[test]

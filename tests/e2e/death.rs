@@ -11,7 +11,7 @@ use kubeception_tests::image::BUSYBOX;
 use kubeception_tests::leftovers::{Process, expect_nothing_left, processes};
 use kubeception_tests::node::Node;
 use kubeception_tests::pod::{Container, Pod};
-use kubeception_tests::stream::Session;
+use kubeception_tests::stream::{self, Session};
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 
@@ -36,15 +36,18 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
             "QEMU killed: its containers end with 137 at once, nothing is left",
             |lab| ends(lab, TOLD, |_, victim| victim.signal(QEMU, Signal::SIGKILL)),
         ),
+        lab.trial_alone("containerd killed: nothing is lost", |lab| {
+            goes_on(lab, Node::crash_containerd)
+        }),
+        lab.trial_alone("the shim killed: the machine ends with it, nothing is left", |lab| {
+            ends(lab, TOLD, |_, victim| victim.signal(SHIM, Signal::SIGKILL))
+        }),
     ]
 }
 
 /// Those that need a machine each, on one containerd.
 pub(crate) fn further_trials(lab: &Arc<Lab>) -> Vec<Trial> {
     let mut trials = vec![
-        lab.trial_alone("the shim killed: the machine ends with it, nothing is left", |lab| {
-            ends(lab, TOLD, |_, victim| victim.signal(SHIM, Signal::SIGKILL))
-        }),
         lab.trial_alone(
             "what serves the pod's files killed: its containers end with 137, nothing is left",
             |lab| {
@@ -77,11 +80,8 @@ pub(crate) fn further_trials(lab: &Arc<Lab>) -> Vec<Trial> {
 }
 
 /// Those for which it does not matter how a machine has come to run: tried with those that are there sooner.
-fn trials_of_clones(lab: &Arc<Lab>) -> [Trial; 5] {
+fn trials_of_clones(lab: &Arc<Lab>) -> [Trial; 4] {
     [
-        lab.trial_alone("containerd killed: nothing is lost", |lab| {
-            goes_on(lab, Node::crash_containerd)
-        }),
         lab.trial_alone(
             "the agent killed: its containers end with 137, nothing is left",
             |lab| {
@@ -102,7 +102,7 @@ fn trials_of_clones(lab: &Arc<Lab>) -> [Trial; 5] {
             },
         ),
         lab.trial_alone(
-            "the machine frozen: an exec fails in time, and the pod is stopped and removed",
+            "the machine frozen: execs, port-forwards and statistics end in time, and the pod is stopped and removed",
             frozen_pod,
         ),
         lab.trial_alone(
@@ -231,6 +231,24 @@ fn frozen_pod(lab: &mut Alone<'_>) -> Result<()> {
     let error = message(&error.context("an exec in a frozen guest ended well")?);
     ensure!(error.contains("did not answer in time"), "the error is {error:?}");
     took(begun, UNANSWERED, "the exec failed")?;
+    let begun = Instant::now();
+    let url = lab.cri.port_forward_url(&victim.own.id, 80)?;
+    let nothing = stream::ask_port(&lab.node, &url, 80, "GET / HTTP/1.0\r\n\r\n");
+    ensure!(
+        !nothing.as_ref().is_ok_and(|said| !said.is_empty()),
+        "a port of a frozen guest says {nothing:?}"
+    );
+    took(begun, 2 * UNANSWERED, "the port-forward failed")?;
+    let begun = Instant::now();
+    ensure!(
+        lab.cri.stats(&victim.container).is_err(),
+        "a frozen guest has told a container's statistics"
+    );
+    took(begun, UNANSWERED, "the statistics failed")?;
+    // Of the pod the node itself knows some.
+    let begun = Instant::now();
+    lab.cri.pod_stats(&victim.own.id)?;
+    took(begun, UNANSWERED, "the pod's statistics came")?;
 
     let begun = Instant::now();
     lab.cri.stop_pod(&victim.own.id)?;

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use kubeception_tests::cri::message;
 use kubeception_tests::stream::Session;
 use libtest_mimic::Trial;
+use sha2::{Digest as _, Sha256};
 
 use crate::lab::{Lab, Together};
 
@@ -59,7 +60,7 @@ fn stdin(lab: &Together<'_>) -> Result<()> {
             &container.id,
             "sh",
             "-c",
-            "wc -c; echo the end",
+            "sha256sum; echo the end",
         ])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -73,7 +74,7 @@ fn stdin(lab: &Together<'_>) -> Result<()> {
     })?;
     let said = String::from_utf8_lossy(&output.stdout);
     ensure!(
-        output.status.success() && said == format!("{}\nthe end\n", input.len()),
+        output.status.success() && said == format!("{:x}  -\nthe end\n", Sha256::digest(&input)),
         "{}: {said:?} {}",
         output.status,
         String::from_utf8_lossy(&output.stderr)

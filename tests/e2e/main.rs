@@ -29,6 +29,7 @@ mod measure;
 mod mounts;
 mod network;
 mod output;
+mod pause;
 mod pod_cgroup;
 mod processes;
 mod sandbox;
@@ -124,6 +125,7 @@ fn on_each(lab: &Arc<Lab>) -> Vec<Trial> {
         network::trials,
         processes::trials,
         events::trials,
+        pause::trials,
         death::trials,
         alone::trials,
         size::trials,

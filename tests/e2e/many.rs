@@ -20,10 +20,10 @@ const BOUND: Duration = Duration::from_secs(30);
 /// In one pod.
 const CONTAINERS: u32 = 20;
 /// In a row, unless this variable of the environment has another number, after so many that fill what is kept for the next.
-const EXECS: (&str, u64) = ("COREOS_KVM_EXECS", 100);
+const EXECS: (&str, u64) = ("COREOS_KVM_EXECS", 1000);
 const WARM_UP: u64 = 20;
 /// Of the shim's memory by these, and of the agent's, in bytes. What each of them kept, a buffer of a stream or the record of a process,
-/// would be a hundred times that.
+/// would be a thousand times that.
 const GROWTH_MAX: u64 = 512 << 10;
 
 const PODS: u32 = 20;

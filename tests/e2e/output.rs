@@ -20,7 +20,7 @@ use crate::measure::{AGENTS_CGROUP, SHIM, agents_memory, private_memory, process
 
 const BOUND: Duration = Duration::from_secs(30);
 /// So many blocks of a MiB are written, unless this variable of the environment has another number.
-const LONG: (&str, u64) = ("COREOS_KVM_OUTPUT_MIB", 128);
+const LONG: (&str, u64) = ("COREOS_KVM_OUTPUT_MIB", 1024);
 /// Of a block, in bytes, each of which begins with its number.
 const BLOCK: usize = 1 << 20;
 /// More than there can be between a process and its reader, in bytes: three pipes and two sockets, the windows of a connection, the memory in

@@ -13,6 +13,8 @@ pub(crate) struct PodCgroup {
     name: String,
     /// One in each hierarchy.
     directories: Vec<PathBuf>,
+    /// What was made for it above these.
+    above: Vec<PathBuf>,
 }
 
 impl PodCgroup {
@@ -21,6 +23,7 @@ impl PodCgroup {
         let cgroup = Self {
             name: format!("{}/{name}", place.cgroup_parent()),
             directories: of_node.iter().map(|directory| directory.join(name)).collect(),
+            above: Vec::new(),
         };
         for (above, directory) in of_node.iter().zip(&cgroup.directories) {
             fs::create_dir_all(directory).with_context(|| format!("making {}", directory.display()))?;
@@ -31,6 +34,24 @@ impl PodCgroup {
                     let _ = fs::write(from.join("cgroup.subtree_control"), format!("+{controller}"));
                 }
             }
+        }
+        Ok(cgroup)
+    }
+
+    /// As a kubelet has one that leaves cgroups to systemd: `a-b.slice` is in `a.slice` (systemd.slice(5)).
+    pub(crate) fn slice(place: &Place, name: &str) -> Result<Self> {
+        let node = place.cgroup_parent()[1..].replace('-', "_");
+        let (above, slice) = (format!("{node}.slice"), format!("{node}-{name}.slice"));
+        let of_node = place.cgroups();
+        let roots = of_node.iter().filter_map(|directory| directory.parent());
+        let above: Vec<_> = roots.map(|root| root.join(&above)).collect();
+        let cgroup = Self {
+            name: format!("/{node}.slice/{slice}"),
+            directories: above.iter().map(|directory| directory.join(&slice)).collect(),
+            above,
+        };
+        for directory in &cgroup.directories {
+            fs::create_dir_all(directory).with_context(|| format!("making {}", directory.display()))?;
         }
         Ok(cgroup)
     }
@@ -105,7 +126,7 @@ pub(crate) fn value(lines: &str, word: &str) -> Result<u64> {
 
 impl Drop for PodCgroup {
     fn drop(&mut self) {
-        for directory in &self.directories {
+        for directory in self.directories.iter().chain(&self.above) {
             if let Err(error) = fs::remove_dir(directory) {
                 eprintln!("{} cannot be removed: {error}", directory.display());
             }

@@ -31,10 +31,13 @@ pub(crate) fn trials(lab: &Arc<Lab>) -> Vec<Trial> {
     if lab.start == Start::Boot && lab.version != Containerd::V2_1 {
         return Vec::new();
     }
-    vec![lab.trial(
-        "statistics of a container are its cgroup's in the guest, those of a pod are its cgroup's on the node",
-        statistics,
-    )]
+    vec![
+        lab.trial(
+            "statistics of a container are its cgroup's in the guest, those of a pod are its cgroup's on the node",
+            statistics,
+        ),
+        lab.trial("all of a pod is in its slice, where systemd has the cgroups", slice),
+    ]
 }
 
 fn statistics(lab: &Together<'_>) -> Result<()> {
@@ -71,6 +74,29 @@ fn statistics(lab: &Together<'_>) -> Result<()> {
     );
     measured.written()?;
     own.remove()
+}
+
+/// A kubelet that leaves cgroups to systemd names a slice.
+fn slice(lab: &Together<'_>) -> Result<()> {
+    let cgroup = PodCgroup::slice(lab.node.place(), "pod")?;
+    let own = OwnPod::run(lab, cgroup.takes(Pod::new(lab.node.place(), "slice")), COREOS_KVM)?;
+    let shim = process_of(&lab.node, &own.id, SHIM)?.pid;
+    expect_inside(&cgroup, shim, process_of(&lab.node, &own.id, QEMU)?.pid)?;
+    own.remove()
+}
+
+/// Fails unless all that the shim has started is in the pod's cgroup.
+fn expect_inside(cgroup: &PodCgroup, shim: Pid, qemu: Pid) -> Result<()> {
+    let all = descendants(shim)?;
+    ensure!(all.contains(&qemu) && all.len() > 1, "the shim has started {all:?}");
+    for process in all {
+        ensure!(
+            cgroup.has(process)?,
+            "{} is not in the pod's cgroup",
+            fs::read_to_string(format!("/proc/{process}/cmdline")).unwrap_or_default()
+        );
+    }
+    Ok(())
 }
 
 struct Measured<'a> {
@@ -142,15 +168,7 @@ impl Measured<'_> {
     fn pod(&self, cgroup: &PodCgroup) -> Result<u64> {
         let shim = process_of(&self.lab.node, &self.own.id, SHIM)?.pid;
         let qemu = process_of(&self.lab.node, &self.own.id, QEMU)?.pid;
-        let all = descendants(shim)?;
-        ensure!(all.contains(&qemu) && all.len() > 1, "the shim has started {all:?}");
-        for process in all {
-            ensure!(
-                cgroup.has(process)?,
-                "{} is not in the pod's cgroup",
-                fs::read_to_string(format!("/proc/{process}/cmdline")).unwrap_or_default()
-            );
-        }
+        expect_inside(cgroup, shim, qemu)?;
         let qemus = process_time(qemu)?;
         let before = (cgroup.cpu()?, cgroup.working_set()?);
         let stats = self.lab.pod_stats(&self.own.id)?;
