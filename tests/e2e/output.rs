@@ -1,11 +1,13 @@
 //! Output that nobody takes as fast as it comes: it is held back, and whole in the end.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use containerd_client::types::v1::Status;
+use coreos_kvm_launcher::vsock::{self, VsockKind};
 use kubeception_tests::cri::{COREOS_KVM, read_log};
 use kubeception_tests::image::BUSYBOX;
 use kubeception_tests::pod::{Container, Pod};
@@ -256,7 +258,27 @@ fn long(lab: &Alone<'_>, own: &OwnPod<'_>) -> Result<()> {
         grown.0,
         grown.1
     );
+    // All but what came before it was seen that there is much.
+    let shared = shared(shim)?;
+    let by_kernel = origin(lab.node.place(), &own.id)?["mode"] == "copy" && vsock::kind() == VsockKind::Vhost;
+    ensure!(
+        by_kernel || shared > all / 10 * 9,
+        "{shared} of {all} bytes came in shared memory"
+    );
     Ok(())
+}
+
+/// So many bytes have come in the memory that guest and host share: the first number in it.
+fn shared(shim: Pid) -> Result<u64> {
+    for descriptor in fs::read_dir(format!("/proc/{shim}/fd"))? {
+        let descriptor = descriptor?.path();
+        if fs::read_link(&descriptor).is_ok_and(|file| file.to_string_lossy().starts_with("/memfd:window")) {
+            let mut number = [0; 8];
+            File::open(descriptor)?.read_exact_at(&mut number, 0)?;
+            return Ok(u64::from_ne_bytes(number));
+        }
+    }
+    bail!("the shim has no memory for output")
 }
 
 /// What is still on its way when a process ends comes all the same.
