@@ -162,18 +162,18 @@ async fn memory_grows_some_times_and_not_while_the_machine_is_paused() {
     // What it has it has.
     assert_eq!(vm.grow(size(1, 512)).await.unwrap(), START);
     vm.resume().await.unwrap();
-    for number in 1..=6 {
+    for number in 1..=5 {
         let grown = vm.grow(size(1, 512 + number * 128)).await.unwrap();
         assert_eq!(grown, size(1, 512 + number * 128));
     }
-    assert_eq!(seen(&vm).await.memory_mib, before + 768);
+    assert_eq!(seen(&vm).await.memory_mib, before + 640);
     let refused = vm.grow(size(1, 2048)).await.unwrap_err();
     assert!(matches!(refused, ResizeError::NoPlace), "{refused}");
     vm.pause().await.unwrap();
-    assert_eq!(vm.shrink(START).await.unwrap(), size(1, 1280));
+    assert_eq!(vm.shrink(START).await.unwrap(), size(1, 1152));
     vm.resume().await.unwrap();
-    assert_eq!(timed("6 modules taken away", vm.shrink(START)).await.unwrap(), START);
-    assert_eq!(vm.grow(size(1, 1280)).await.unwrap(), size(1, 1280));
+    assert_eq!(timed("5 modules taken away", vm.shrink(START)).await.unwrap(), START);
+    assert_eq!(vm.grow(size(1, 1152)).await.unwrap(), size(1, 1152));
     vm.shutdown(Duration::ZERO).await.unwrap();
     place.assert_nothing_is_left(&machine);
 }
