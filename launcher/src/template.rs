@@ -120,6 +120,31 @@ pub struct Manifest {
     pub card_at: Vec<u64>,
 }
 
+#[cfg(test)]
+impl Manifest {
+    /// Of a template that a trial makes, and of which it says the rest.
+    fn of_trial(key: &str) -> Self {
+        Self {
+            key: key.to_owned(),
+            guest: "reference".to_owned(),
+            vcpus: 1,
+            memory_mib: 1,
+            acceleration: Acceleration::Tcg,
+            qemu: "7.2".to_owned(),
+            own: false,
+            created: 0,
+            data_bytes: 0,
+            state_bytes: 0,
+            map_bytes: 0,
+            state_crc: 0,
+            map_crc: 0,
+            boot_id_at: Vec::new(),
+            machine_id_at: Vec::new(),
+            card_at: Vec::new(),
+        }
+    }
+}
+
 impl Manifest {
     /// What the template takes on disk, in bytes.
     pub fn bytes(&self) -> u64 {

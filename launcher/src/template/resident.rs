@@ -399,7 +399,6 @@ mod tests {
 
     use super::*;
     use crate::{
-        accel::Acceleration,
         process::{Confinement, Process},
         template::memory::{self, ID},
     };
@@ -420,22 +419,10 @@ mod tests {
         let mut data = tempfile::tempfile_in(root).unwrap();
         let saved = memory::save(&memory, SIZE, &mut data, &[]).unwrap();
         let manifest = Manifest {
-            key: KEY.to_owned(),
-            guest: "reference".to_owned(),
-            vcpus: 1,
-            memory_mib: 1,
-            acceleration: Acceleration::Tcg,
-            qemu: "7.2".to_owned(),
-            own: false,
             created,
             data_bytes: 4096,
-            state_bytes: 0,
             map_bytes: 16,
-            state_crc: 0,
-            map_crc: 0,
-            boot_id_at: Vec::new(),
-            machine_id_at: Vec::new(),
-            card_at: Vec::new(),
+            ..Manifest::of_trial(KEY)
         };
         Template {
             folder: root.to_owned(),

@@ -1,7 +1,7 @@
 use std::os::unix::fs::{FileExt, PermissionsExt};
 
 use super::*;
-use crate::{accel::Acceleration, template::memory};
+use crate::template::memory;
 
 const KEY: &str = "00112233445566778899aabbccddeeff";
 
@@ -27,22 +27,8 @@ fn make(store: &Store, text: &str) -> Result<Template, TemplateError> {
     let data = draft.data()?;
     let saved = memory::save(&memory, 1 << 20, &mut &data, &[]).unwrap();
     let manifest = Manifest {
-        key: text.to_owned(),
-        guest: "reference".to_owned(),
-        vcpus: 1,
-        memory_mib: 1,
-        acceleration: Acceleration::Tcg,
-        qemu: "7.2".to_owned(),
-        own: false,
-        created: 0,
-        data_bytes: 0,
-        state_bytes: 0,
-        map_bytes: 0,
-        state_crc: 0,
-        map_crc: 0,
         boot_id_at: vec![4096],
-        machine_id_at: Vec::new(),
-        card_at: Vec::new(),
+        ..Manifest::of_trial(text)
     };
     let content = Content {
         map: &saved.map,
